@@ -1,0 +1,114 @@
+"""Loading an optimizer's state: checked whole before anything is changed, matched by name where there are names."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import StateDict
+
+if TYPE_CHECKING:
+    from schuss.optimizer import Optimizer
+
+
+def load(optimizer: "Optimizer", state_dict: StateDict, *, strict: bool) -> None:
+    """`Optimizer.load_state_dict`; see there."""
+    state_dict = dict(state_dict)
+    for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        if (replaced := pre_hook(optimizer, state_dict)) is not None:
+            state_dict = replaced
+    owner = type(optimizer).__name__
+    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            f"{owner}: loaded state dict has a different number of parameter groups: {len(saved_groups)} saved, "
+            f"{len(groups)} here; add or leave out groups before loading"
+        )
+    named = all("param_names" in g for g in (*saved_groups, *groups)) and bool(groups)
+    source = _by_name(owner, saved_groups, groups, strict=strict) if named else _by_order(owner, saved_groups, groups)
+    saved_state: Mapping[Any, Any] = state_dict["state"]
+    for name, p, index in source:
+        if index in saved_state:
+            _check(optimizer, name, p, saved_state[index])
+
+    state: defaultdict[Any, Any] = defaultdict(dict)
+    known = set()
+    for _, p, index in source:
+        known.add(index)
+        if index in saved_state:
+            state[p] = {key: _copy(value, key, p) for key, value in saved_state[index].items()}
+    for key, value in saved_state.items():
+        if key not in known and not isinstance(key, int):
+            state[key] = deepcopy(value)
+    loaded_groups = []
+    for saved, group in zip(saved_groups, groups, strict=True):
+        new = {k: deepcopy(v) for k, v in saved.items() if k not in ("params", "param_names")}
+        new["params"] = group["params"]
+        if "param_names" in group or "param_names" in saved:
+            new["param_names"] = group["param_names"] if named else saved.get("param_names", group.get("param_names"))
+        loaded_groups.append({**{k: v for k, v in optimizer.defaults.items() if k not in new}, **new})
+    if not strict:  # parameters without a namesake keep what they have
+        for _, p, index in source:
+            if index is None and p in optimizer.state:
+                state[p] = optimizer.state[p]
+    optimizer.__setstate__({"state": state, "param_groups": loaded_groups})
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _by_order(owner: str, saved: Any, groups: Any) -> list[tuple[str, torch.Tensor, int | None]]:
+    for i, (s, g) in enumerate(zip(saved, groups, strict=True)):
+        if len(s["params"]) != len(g["params"]):
+            raise ValueError(
+                f"{owner}: loaded state dict contains a parameter group that doesn't match the size of optimizer's "
+                f"group: group {i} has {len(s['params'])} parameters saved, {len(g['params'])} here"
+            )
+    return [
+        (f"parameter {i} of group {index}", p, key)
+        for index, (s, g) in enumerate(zip(saved, groups, strict=True))
+        for i, (key, p) in enumerate(zip(s["params"], g["params"], strict=True))
+    ]
+
+
+def _by_name(owner: str, saved: Any, groups: Any, *, strict: bool) -> list[tuple[str, torch.Tensor, int | None]]:
+    def names(groups: Any) -> Iterator[tuple[str, Any]]:
+        for group in groups:
+            yield from zip(group["param_names"], group["params"], strict=True)
+
+    there, here = dict(names(saved)), dict(names(groups))
+    complaints = [
+        f"{what}: {', '.join(sorted(missing)[:10])}{', ...' if len(missing) > 10 else ''}"
+        for what, missing in (
+            ("not in the state dict", here.keys() - there.keys()),
+            ("only in the state dict", there.keys() - here.keys()),
+        )
+        if missing
+    ]
+    if complaints and strict:
+        raise ValueError(f"{owner}: parameter names do not match: {'; '.join(complaints)}; strict=False loads the rest")
+    if complaints:
+        warnings.warn(f"{owner}: loaded only what has the same name; {'; '.join(complaints)}", stacklevel=4)
+    return [(name, p, there.get(name)) for name, p in here.items()]
+
+
+def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str, Any]) -> None:
+    for state in optimizer._rule.states.values():
+        value = kept.get(state.name)
+        if isinstance(value, torch.Tensor) and value.shape != p.shape:
+            raise ValueError(
+                f"{type(optimizer).__name__}: {state.name!r} of {name} has the shape {tuple(value.shape)} in the "
+                f"loaded state dict, its parameter has {tuple(p.shape)}"
+            )
+
+
+def _copy(value: Any, key: str, p: torch.Tensor) -> Any:
+    """A copy on the parameter's device, in the dtype it was saved with; numbers per parameter stay where they are."""
+    if not isinstance(value, torch.Tensor):
+        return deepcopy(value)
+    if value.dim() == 0 and p.dim() != 0 or key == "step":
+        return value.detach().clone()
+    copied = value.detach().to(p.device)
+    like = torch.empty_like(p, dtype=copied.dtype) if copied.shape == p.shape else torch.empty_like(copied)
+    return like.copy_(copied).detach()

@@ -1,0 +1,143 @@
+"""The foreach back end: the rule on lists of tensors, one `torch._foreach_*` call per operation.
+
+For devices without a compiler of ours. It allocates temporaries, as torch's own foreach optimizers do.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from schuss import formula
+from schuss.engine.numba import compute_dtype, real
+from schuss.engine.pieces import Pieces, apply
+from schuss.engine.reference import real_view
+
+_FOREACH = {
+    "add": torch._foreach_add,
+    "sub": torch._foreach_sub,
+    "mul": torch._foreach_mul,
+    "div": torch._foreach_div,
+    "pow": torch._foreach_pow,
+    "maximum": torch._foreach_maximum,
+    "minimum": torch._foreach_minimum,
+}
+_UNARY = {
+    "neg": torch._foreach_neg,
+    "sqrt": torch._foreach_sqrt,
+    "absolute": torch._foreach_abs,
+    "sign": torch._foreach_sign,
+}
+_ONE_BY_ONE: dict[str, Callable[..., Any]] = {
+    "lt": operator.lt,
+    "le": operator.le,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "logical_and": lambda a, b: a & b,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "pow": operator.pow,
+    "neg": operator.neg,
+    "sqrt": formula.sqrt,
+    "absolute": formula.absolute,
+    "sign": formula.sign,
+    "maximum": formula.maximum,
+    "minimum": formula.minimum,
+}
+
+
+class Numbers:
+    """One number per tensor: a scalar of the rule."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = list(values)
+
+
+def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
+    stacks = [arg for arg in args if isinstance(arg, Stack)]
+    count = len(stacks[0].tensors) if stacks else len(next(a for a in args if isinstance(a, Numbers)).values)
+    if word in _UNARY and stacks:
+        return Stack(_UNARY[word](stacks[0].tensors))
+    if word in _FOREACH and stacks and args[0] is stacks[0]:
+        other = args[1]
+        if isinstance(other, Stack):
+            return Stack(_FOREACH[word](stacks[0].tensors, other.tensors))
+        return Stack(_FOREACH[word](stacks[0].tensors, other.values if isinstance(other, Numbers) else other))
+    if word in ("add", "mul", "maximum", "minimum") and stacks:
+        return _apply(word, (args[1], args[0]))
+
+    def item(arg: Any, i: int) -> Any:
+        return arg.tensors[i] if isinstance(arg, Stack) else arg.values[i] if isinstance(arg, Numbers) else arg
+
+    rows = [[item(arg, i) for arg in args] for i in range(count)]
+    if word == "where":
+        if not stacks:
+            return Numbers([yes if condition else no for condition, yes, no in rows])
+        return Stack([_where(*row) for row in rows])
+    results = [_ONE_BY_ONE[word](*row) for row in rows]
+    return Stack(results) if stacks else Numbers(results)
+
+
+def _where(condition: Any, yes: Any, no: Any) -> torch.Tensor:
+    if isinstance(condition, torch.Tensor):
+        if not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor):
+            yes = torch.tensor(yes, dtype=torch.float64)  # torch would round two Python numbers to its default dtype
+        return torch.where(condition, yes, no)
+    chosen, other = (yes, no) if condition else (no, yes)
+    return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(other, chosen)
+
+
+def _operator(word: str) -> tuple[Any, Any]:
+    return (lambda self, other: _apply(word, (self, other))), (lambda self, other: _apply(word, (other, self)))
+
+
+class Stack:
+    """A list of tensors that a rule computes with as if it were one."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = list(tensors)
+
+
+for _class in (Stack, Numbers):
+    for _word, _name in {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "pow": "pow"}.items():
+        _forward, _backward = _operator(_word)
+        setattr(_class, f"__{_name}__", _forward)
+        setattr(_class, f"__r{_name}__", _backward)
+    for _word in ("lt", "le", "gt", "ge", "eq", "ne"):
+        setattr(_class, f"__{_word}__", _operator(_word)[0])
+    _class.__neg__ = lambda self: _apply("neg", (self,))  # type: ignore[attr-defined]
+    _class.__abs__ = lambda self: _apply("absolute", (self,))  # type: ignore[attr-defined]
+    _class.__formula__ = lambda self, word, args: _apply(word, args)  # type: ignore[attr-defined]
+
+
+def update(
+    rule: Callable[..., Any],
+    pieces: Pieces,
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    states: Mapping[str, Sequence[torch.Tensor] | None],
+    scalars: Mapping[str, Sequence[float]],
+    flags: Mapping[str, bool],
+) -> None:
+    """Write the new parameters and states of tensors of one dtype and device."""
+    there = {n: s for n, s in states.items() if s is not None}
+    dtype = compute_dtype(tuple(real(t[0].dtype) for t in (params, grads, *there.values())))
+
+    def wide(tensors: Sequence[torch.Tensor]) -> Stack:
+        return Stack([real_view(t).to(dtype) for t in tensors])
+
+    new = apply(
+        rule,
+        pieces,
+        wide(params),
+        wide(grads),
+        {n: None if s is None else wide(s) for n, s in states.items()},
+        {n: Numbers(v) for n, v in scalars.items()} | dict(flags),
+    )
+    for name, old in {"p": params, **there}.items():
+        torch._foreach_copy_([real_view(t) for t in old], new[name].tensors)

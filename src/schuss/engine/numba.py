@@ -1,0 +1,189 @@
+"""The CPU back end: a formula becomes the text of a Numba kernel that updates a chunk of one tensor in one pass."""
+
+import hashlib
+import sys
+import threading
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+from schuss.engine import cache as code_cache
+from schuss.engine.trace import Formula, to_source
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a dtype lies in memory and how a kernel loads and stores it. `{}` stands for the value."""
+
+    array: str
+    itemsize: int
+    load: str = "{}"
+    store: str = "{}"
+
+
+STORAGE = {
+    torch.float32: Storage("float32", 4),
+    torch.float64: Storage("float64", 8),
+    torch.bfloat16: Storage("uint16", 2, "widen_bfloat16({})", "narrow_bfloat16({})"),
+    torch.float16: Storage("uint16", 2, "widen_float16({})", "narrow_float16({})"),
+}
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the real view of a complex tensor; any other dtype unchanged."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def compute_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
+    """What a kernel computes in: float64 if anything it reads is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], dtypes: dict[str, torch.dtype]) -> str:
+    """The text of the kernel of a formula.
+
+    Args:
+        title: what the kernel is, for its reader.
+        formula: the traced rule with its pieces.
+        scalars: names of the scalars, in the order of a row of the table.
+        dtypes: the dtype of each input of the formula.
+    """
+    value = str(compute_dtype(tuple(dtypes.values()))).removeprefix("torch.")
+    lines, new = to_source(
+        formula,
+        word=lambda name, args: f"{name}({', '.join(args)})",
+        constant=lambda number: f"{value}({number!r})".replace("(inf)", "(np.inf)"),
+    )
+    roles = list(formula.inputs)
+    loads, stores, arrays = [], [], []
+    for role, name in enumerate(roles):
+        storage = STORAGE[dtypes[name]]
+        arrays.append(f"{name}_ = carray(pointer(at[{role}] + start * {storage.itemsize}, {storage.array}), (count,))")
+        loaded = storage.load.format(f"{name}_[i]")
+        loads.append(f"{name} = {value}({loaded})" if value == "float64" and storage.array != value else f"{name} = {loaded}")
+        if name in new and new[name] != name:
+            result = f"float32({new[name]})" if value == "float64" and storage.array != value else new[name]
+            stores.append(f"{name}_[i] = {storage.store.format(result)}")
+    width = {"float32": 4, "float64": 8}[value]
+    table = ", ".join(f"{name}: {str(dtypes[name]).removeprefix('torch.')}" for name in roles)
+
+    def block(statements: list[str], indent: int) -> str:
+        return "".join(f"{' ' * indent}{s}\n" for s in statements)
+
+    return (
+        f'"""{title}\n\n'
+        f"One pass over {table}; computed in {value}.\n"
+        f"context: addresses of the table of data pointers [tensor, {len(roles)}], of each tensor's row, and of the rows of\n"
+        f'scalars ({", ".join(scalars)}).\n"""\n\n'
+        f"import numpy as np\n"
+        f"from numba import carray, cfunc, float32, float64, int32, int64, uint16, void\n\n"
+        f"from schuss.engine.native import *  # digest {_native_digest()}\n\n\n"
+        "@cfunc(void(int64, int64, int64, int64), cache=True, error_model=\"numpy\")\n"
+        "def kernel(context, tensor, start, count):\n"
+        "    tables = carray(pointer(context, int64), (3,))\n"
+        f"    at = carray(pointer(tables[0] + tensor * {8 * len(roles)}, int64), ({len(roles)},))\n"
+        "    row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])\n"
+        f"    scalar = carray(pointer(tables[2] + row * {width * len(scalars)}, {value}), ({len(scalars)},))\n"
+        + block([f"{name} = scalar[{i}]" for i, name in enumerate(scalars)], 4)
+        + block(arrays, 4)
+        + "    for i in range(count):\n"
+        + block(loads, 8)
+        + block(lines, 8)
+        + block(stores, 8)
+    )
+
+
+@cache
+def _native_digest() -> str:
+    text = files("schuss.engine").joinpath("native.py").read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=None)
+def driver() -> Any:
+    """The compiled loops (`schuss.engine.driver`), loaded through the cache folder."""
+    _choose_threading_layer()
+    text = files("schuss.engine").joinpath("driver.py").read_text(encoding="utf-8")
+    return code_cache.load("driver", f"{text}\n# with native {_native_digest()}\n")
+
+
+@lru_cache(maxsize=None)
+def kernel_address(label: str, source: str) -> int:
+    """The address of the compiled kernel of this text."""
+    return int(code_cache.load(label, source).kernel.address)
+
+
+@cache
+def supports(dtype: torch.dtype) -> bool:
+    """Whether kernels can load and store `dtype` on this machine."""
+    if dtype == torch.float16:
+        from schuss.engine.native import has_float16
+
+        return has_float16()
+    return dtype in STORAGE
+
+
+def _choose_threading_layer() -> None:
+    """Prefer OpenMP, unless the user has chosen: it may be entered from several threads at once, as torch's own loops.
+
+    Numba's last resort, "workqueue", may not; `threads` then lets one launch in at a time.
+    """
+    import numba
+
+    if numba.config.THREADING_LAYER == "default":
+        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+
+
+_forked = False
+_one_at_a_time = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if sys.platform != "win32":
+    import os
+
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def parts(elements: int) -> int:
+    """How many threads share a launch: torch's number, fewer where there is little to do, one in a forked process.
+
+    OpenMP cannot be used in the child of a process that has used it; the serial loop gives the same bits.
+    """
+    import numba
+
+    if _forked:
+        return 1
+    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, elements // 32768))
+
+
+def launch(count: int, *arguments: Any) -> None:
+    """Run a prepared launch on `count` threads."""
+    loops = driver()
+    if count == 1:
+        loops.launch_serial(*arguments)
+        return
+    import numba
+
+    numba.set_num_threads(count)
+    if _layer_is_safe():
+        loops.launch_parallel(count, *arguments)
+    else:
+        with _one_at_a_time:
+            loops.launch_parallel(count, *arguments)
+
+
+@cache
+def _layer_is_safe() -> bool:
+    import numba
+    from numba.np.ufunc import parallel
+
+    parallel._launch_threads()
+    return bool(numba.threading_layer() != "workqueue")

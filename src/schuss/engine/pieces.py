@@ -1,0 +1,93 @@
+"""What cuts across rules, composed with a rule once for every back end: scaling, weight decay.
+
+A piece is an expression in front of the rule, in the same pass. Its numbers are rows of the table like the rule's
+own, with a neutral value for the tensors that do not use it; a piece that no tensor of a launch uses is left out.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from schuss.engine.trace import Formula, Graph, parameters
+from schuss.formula import where
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Which pieces a launch contains."""
+
+    gain: bool = False
+    """The gradient is multiplied: by -1 to maximize, by 1 / scale to undo a GradScaler."""
+    l2: bool = False
+    """weight_decay * p is added to the gradient."""
+    l2_everywhere: bool = True
+    """No tensor has weight_decay 0; where one has, infinite parameters must not turn its gradient into NaN."""
+    decay: bool = False
+    """p is multiplied by 1 - lr * weight_decay before the rule: decoupled weight decay."""
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """The names of the scalars that the pieces need."""
+        return tuple(
+            name
+            for name, there in (("gain", self.gain), ("weight_decay", self.l2), ("decay", self.decay))
+            if there
+        )
+
+
+def apply(
+    rule: Callable[..., Any],
+    pieces: Pieces,
+    p: Any,
+    g: Any,
+    states: Mapping[str, Any],
+    others: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The new parameter "p" and the new states by letter, computed on whatever the arguments are.
+
+    Args:
+        rule: the formula.
+        pieces: what is composed before it.
+        p, g: parameter and gradient.
+        states: the states by the rule's letter; None for one that does not exist.
+        others: scalars and flags by name.
+    """
+    if pieces.gain:
+        g = g * others["gain"]
+    if pieces.l2:
+        decayed = g + others["weight_decay"] * p
+        g = decayed if pieces.l2_everywhere else where(others["weight_decay"] != 0, decayed, g)
+    if pieces.decay:
+        p = others["decay"] * p
+    names = parameters(rule)[2:]
+    new = rule(p, g, *(states[n] if n in states else others[n] for n in names))
+    new_p, *new_states = new if isinstance(new, tuple) else (new,)
+    letters = [n for n in names if n in states]
+    if len(new_states) != len(letters):
+        raise TypeError(
+            f"{rule.__qualname__} must return the new {', '.join(['p', *letters])}, got {1 + len(new_states)} values"
+        )
+    return {"p": new_p} | {n: new for n, new in zip(letters, new_states, strict=True) if states[n] is not None}
+
+
+def trace(
+    rule: Callable[..., Any],
+    pieces: Pieces,
+    states: Mapping[str, bool],
+    flags: Mapping[str, bool],
+) -> tuple[Formula, tuple[str, ...]]:
+    """The formula of a rule with its pieces, and the names of the scalars that it reads, in order.
+
+    Args:
+        rule: the formula.
+        pieces: what is composed before it.
+        states: the letters of all its states, and whether each exists.
+        flags: Python booleans that choose between forms of the rule.
+    """
+    graph = Graph()
+    own = [n for n in parameters(rule)[2:] if n not in states and n not in flags]
+    scalars = (*pieces.scalars, *(n for n in own if n not in pieces.scalars))
+    symbols = {n: graph.name(n) for n in scalars}
+    present = {n: graph.name(n) if there else None for n, there in states.items()}
+    new = apply(rule, pieces, graph.name("p"), graph.name("g"), present, symbols | dict(flags))
+    return Formula(("p", "g", *(n for n, there in states.items() if there)), new), scalars

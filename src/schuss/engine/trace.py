@@ -1,0 +1,213 @@
+"""Running a rule on symbols: the expression graph from which kernels are generated and formulas printed."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# How the operators of a graph read in Python source, with their precedence (higher binds tighter).
+INFIX = {
+    "or": (1, "or"),
+    "lt": (3, "<"),
+    "le": (3, "<="),
+    "gt": (3, ">"),
+    "ge": (3, ">="),
+    "eq": (3, "=="),
+    "ne": (3, "!="),
+    "add": (5, "+"),
+    "sub": (5, "-"),
+    "mul": (6, "*"),
+    "div": (6, "/"),
+    "pow": (8, "**"),
+}
+NEGATION = 7
+ATOM = 9
+
+
+class Expr:
+    """A node of a traced formula: `op` applied to `args`, or a named input ("name"), or a number ("const").
+
+    Nodes are interned in their `Graph`, so the same subexpression is the same object and is computed once.
+    """
+
+    __slots__ = ("args", "graph", "op", "value")
+    __array_priority__ = 1000  # a NumPy number on the left hands the operation to us
+
+    def __init__(self, graph: "Graph", op: str, args: tuple["Expr", ...], value: Any = None) -> None:
+        self.graph, self.op, self.args, self.value = graph, op, args, value
+
+    def __formula__(self, word: str, args: tuple[Any, ...]) -> "Expr":
+        return self.graph.node(word, *args)
+
+    def __add__(self, other: Any) -> "Expr":
+        return self.graph.node("add", self, other)
+
+    def __radd__(self, other: Any) -> "Expr":
+        return self.graph.node("add", other, self)
+
+    def __sub__(self, other: Any) -> "Expr":
+        return self.graph.node("sub", self, other)
+
+    def __rsub__(self, other: Any) -> "Expr":
+        return self.graph.node("sub", other, self)
+
+    def __mul__(self, other: Any) -> "Expr":
+        return self.graph.node("mul", self, other)
+
+    def __rmul__(self, other: Any) -> "Expr":
+        return self.graph.node("mul", other, self)
+
+    def __truediv__(self, other: Any) -> "Expr":
+        return self.graph.node("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> "Expr":
+        return self.graph.node("div", other, self)
+
+    def __pow__(self, other: Any) -> "Expr":
+        return self.graph.node("pow", self, other)
+
+    def __rpow__(self, other: Any) -> "Expr":
+        return self.graph.node("pow", other, self)
+
+    def __neg__(self) -> "Expr":
+        return self.graph.node("neg", self)
+
+    def __abs__(self) -> "Expr":
+        return self.graph.node("absolute", self)
+
+    def __lt__(self, other: Any) -> "Expr":
+        return self.graph.node("lt", self, other)
+
+    def __le__(self, other: Any) -> "Expr":
+        return self.graph.node("le", self, other)
+
+    def __gt__(self, other: Any) -> "Expr":
+        return self.graph.node("gt", self, other)
+
+    def __ge__(self, other: Any) -> "Expr":
+        return self.graph.node("ge", self, other)
+
+    def __eq__(self, other: object) -> "Expr":  # type: ignore[override]
+        return self.graph.node("eq", self, other)
+
+    def __ne__(self, other: object) -> "Expr":  # type: ignore[override]
+        return self.graph.node("ne", self, other)
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise TypeError("a rule cannot branch on values (`if`, `and`, `or`, `not` on an array): use where(...)")
+
+    def __iter__(self) -> Iterator["Expr"]:
+        raise TypeError("a rule sees one element at a time: it cannot unpack or iterate over an array")
+
+
+class Graph:
+    """The nodes of one traced formula."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[Any, Expr] = {}
+
+    def name(self, name: str) -> Expr:
+        """The input called `name`."""
+        return self._intern(("name", name), "name", (), name)
+
+    def node(self, op: str, *args: Any) -> Expr:
+        """`op` applied to `args`; numbers among them become constants."""
+        nodes = tuple(arg if isinstance(arg, Expr) else self._constant(arg) for arg in args)
+        return self._intern((op, *(id(n) for n in nodes)), op, nodes)
+
+    def _constant(self, value: Any) -> Expr:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"a rule computes with arrays and numbers, got {type(value).__name__}: {value!r}")
+        return self._intern(("const", type(value), repr(value)), "const", (), value)
+
+    def _intern(self, key: Any, op: str, args: tuple[Expr, ...], value: Any = None) -> Expr:
+        if (node := self._nodes.get(key)) is None:
+            node = self._nodes[key] = Expr(self, op, args, value)
+        return node
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A traced rule: the inputs it reads, in order, and the new values it returns by name."""
+
+    inputs: tuple[str, ...]
+    outputs: dict[str, Expr] = field(repr=False)
+
+    def __iter__(self) -> Iterator[tuple[str, Expr]]:
+        return iter(self.outputs.items())
+
+
+def parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's parameters, in order."""
+    return tuple(inspect.signature(function).parameters)
+
+
+def used(roots: Iterable[Expr]) -> dict[Expr, int]:
+    """How often each node is used below `roots`, in an order in which arguments come before their users."""
+    counts: dict[Expr, int] = {}
+
+    def visit(node: Expr) -> None:
+        if node in counts:
+            counts[node] += 1
+            return
+        for arg in node.args:
+            visit(arg)
+        counts[node] = 1
+
+    for root in roots:
+        visit(root)
+    return counts
+
+
+def to_source(
+    formula: Formula,
+    word: Callable[[str, list[str]], str],
+    constant: Callable[[float], str],
+) -> tuple[list[str], dict[str, str]]:
+    """The formula as lines of Python, and what each new value is called there.
+
+    There is a line for each new value, `<name>_new`, and for each subexpression that is used twice. `word` writes a
+    call of the vocabulary, `constant` a number.
+    """
+    outputs = {node: f"{name}_new" for name, node in formula.outputs.items() if node.op not in ("name", "const")}
+    counts = used(formula.outputs.values())
+    written: dict[Expr, str] = {}
+    lines: list[str] = []
+
+    def text(node: Expr, outer: int = 0, right: bool = False) -> str:
+        if node in written:
+            return written[node]
+        source, level = expression(node)
+        return f"({source})" if level < outer or (right and level == outer) else source
+
+    def expression(node: Expr) -> tuple[str, int]:
+        if node.op == "name":
+            return str(node.value), ATOM
+        if node.op == "const":
+            return constant(node.value), ATOM
+        if node.op == "neg":
+            return f"-{text(node.args[0], NEGATION, right=True)}", NEGATION
+        if node.op == "pow" and node.args[1].op == "const" and isinstance(node.args[1].value, int):
+            return f"{text(node.args[0], INFIX['pow'][0], right=True)} ** {node.args[1].value}", INFIX["pow"][0]
+        if node.op in INFIX:
+            level, symbol = INFIX[node.op]
+            left, right = node.args
+            return f"{text(left, level)} {symbol} {text(right, level, right=True)}", level
+        return word(node.op, [text(arg) for arg in node.args]), ATOM
+
+    temporaries = 0
+    for node in counts:
+        if node.op in ("name", "const"):
+            continue
+        if node in outputs:
+            name = outputs[node]
+        elif counts[node] > 1:
+            temporaries += 1
+            name = f"t{temporaries}"
+        else:
+            continue
+        lines.append(f"{name} = {text(node)}")
+        written[node] = name
+    return lines, {name: text(node) for name, node in formula.outputs.items()}

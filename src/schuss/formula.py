@@ -1,0 +1,68 @@
+"""The vocabulary of rules.
+
+A rule is written with Python's operators and the words below, and runs on whatever it is given: tensors (eager
+torch), lists of tensors (the foreach back end), float64 numbers and arrays (the scalars of a step), or symbols (from
+which kernels are generated and formulas printed). Every word means on each of them what torch means by it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["absolute", "clamp", "lerp", "logical_and", "maximum", "minimum", "sign", "sqrt", "where"]
+
+
+def _word(on_tensors: Callable[..., Any], on_numbers: Callable[..., Any]) -> Callable[..., Any]:
+    """A word that dispatches on its arguments; objects of the back ends bring their meaning as `__formula__`."""
+    name = on_tensors.__name__
+
+    def apply(*args: Any) -> Any:
+        for arg in args:
+            if (speak := getattr(arg, "__formula__", None)) is not None:
+                return speak(name, args)
+        if any(isinstance(arg, torch.Tensor) for arg in args):
+            return on_tensors(*args)
+        return on_numbers(*args)
+
+    apply.__name__ = apply.__qualname__ = name
+    return apply
+
+
+def _of_two(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch's maximum and minimum take tensors only."""
+
+    def chosen(a: Any, b: Any) -> torch.Tensor:
+        if not isinstance(a, torch.Tensor):
+            a = b.new_tensor(a)
+        return choose(a, b if isinstance(b, torch.Tensor) else a.new_tensor(b))
+
+    chosen.__name__ = choose.__name__
+    return chosen
+
+
+sqrt = _word(torch.sqrt, np.sqrt)
+sqrt.__doc__ = "The square root."
+absolute = _word(torch.absolute, np.abs)
+absolute.__doc__ = "The absolute value; `abs(x)` says the same."
+sign = _word(torch.sign, lambda x: 1.0 * (np.asarray(x) > 0) - 1.0 * (np.asarray(x) < 0))
+sign.__doc__ = "1, 0 or -1; 0 for NaN, as in torch."
+maximum = _word(_of_two(torch.maximum), np.maximum)
+maximum.__doc__ = "The larger of two; NaN if either is NaN."
+minimum = _word(_of_two(torch.minimum), np.minimum)
+minimum.__doc__ = "The smaller of two; NaN if either is NaN."
+where = _word(torch.where, np.where)
+where.__doc__ = "`where(condition, yes, no)`: elementwise choice. What is not chosen has no influence, NaN included."
+logical_and = _word(torch.logical_and, np.logical_and)
+logical_and.__doc__ = "Both conditions hold."
+
+
+def lerp(a: Any, b: Any, weight: Any) -> Any:
+    """`a` moved towards `b` by `weight`: a + weight (b - a)."""
+    return a + weight * (b - a)
+
+
+def clamp(x: Any, low: Any, high: Any) -> Any:
+    """`x` limited to [low, high]; NaN stays NaN."""
+    return minimum(maximum(x, low), high)

@@ -1,0 +1,38 @@
+"""Optimizers under torch.optim's names and contract: `from schuss import optim` replaces `from torch import optim`."""
+
+from torch.optim import (
+    LBFGS as LBFGS,
+    Adafactor as Adafactor,
+    Muon as Muon,
+    Optimizer as Optimizer,
+    SparseAdam as SparseAdam,
+    lr_scheduler as lr_scheduler,
+    swa_utils as swa_utils,
+)
+
+from schuss.optim.adadelta import Adadelta as Adadelta
+from schuss.optim.adagrad import Adagrad as Adagrad
+from schuss.optim.adam import Adam as Adam, AdamW as AdamW
+from schuss.optim.adamax import Adamax as Adamax
+from schuss.optim.adopt import ADOPT as ADOPT
+from schuss.optim.asgd import ASGD as ASGD
+from schuss.optim.lion import Lion as Lion
+from schuss.optim.nadam import NAdam as NAdam
+from schuss.optim.radam import RAdam as RAdam
+from schuss.optim.rmsprop import RMSprop as RMSprop
+from schuss.optim.rprop import Rprop as Rprop
+from schuss.optim.sgd import SGD as SGD
+from schuss.optimizer import Optimizer as _Rule
+
+FROM_TORCH = ("Adafactor", "LBFGS", "Muon", "Optimizer", "SparseAdam", "lr_scheduler", "swa_utils")
+"""Names that are torch's own objects, handed on so that the import can be replaced."""
+
+RULES: tuple[type[_Rule], ...] = (
+    SGD, Adagrad, Adadelta, RMSprop, Adam, AdamW, NAdam, RAdam, Adamax, ASGD, Rprop, ADOPT, Lion,
+)  # fmt: skip
+"""The optimizers of schuss: `schuss list` shows them, and every generic test runs on each."""
+
+__all__ = [
+    "ADOPT", "ASGD", "LBFGS", "SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "Muon",
+    "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SparseAdam", "lr_scheduler", "swa_utils",
+]  # fmt: skip

@@ -1,0 +1,248 @@
+"""The one `torch.optim.Optimizer` subclass: torch's contract on top of rules, the engine underneath."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
+
+import torch
+from torch.optim.optimizer import ParamsT, StateDict
+
+from schuss import bounds
+from schuss.rule import Rule, State
+
+if TYPE_CHECKING:
+    from schuss.engine.plan import Plan
+
+__all__ = ["BACKENDS", "Backend", "Optimizer", "Options"]
+
+Number = float | torch.Tensor
+Backend = Literal["auto", "numba", "foreach", "reference"]
+BACKENDS = ("auto", "numba", "foreach", "reference")
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every schuss optimizer takes beside its own."""
+
+    backend: Backend
+    """What runs the formula. "auto" (default): numba for dense CPU tensors, foreach on devices without a compiler of
+    ours, reference (eager torch) for the rest; `optimizer.plan()` tells. A named one is used for every tensor."""
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of all optimizers: subclass it, declare a rule, and every back end runs it.
+
+    A subclass has an `__init__` that hands its hyperparameters to this one, and these class attributes:
+
+    Attributes:
+        rule: static method `rule(p, g, <states>, <scalars>)`: the formula, in the words of `schuss.formula`, for one
+            element. Returns the new p, then the new states in the order of its arguments.
+        scalars: static method `scalars(step, first, <scalar states>, <hyperparameters>)`, any of them, by name:
+            float64 numbers for `rule` that change per step, as a dict. Hyperparameters that the rule takes by name
+            need not be returned. The default returns nothing.
+        states: letter in `rule` -> name in `optimizer.state[p]`, or a `State`.
+        scalar_states: name in `optimizer.state[p]` -> initial value, of numbers that are kept per parameter.
+        has_step: whether `optimizer.state[p]["step"]` is kept (default True).
+        bounds: hyperparameter -> interval such as "[0, 1)".
+        decay: what a hyperparameter `weight_decay` means: "l2", "decoupled", or None: the rule's own business.
+        source: authors, year and arXiv id.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups as dicts.
+        defaults: every hyperparameter with its default value.
+        options: see `Options`.
+
+    Raises:
+        ValueError: a hyperparameter out of its bounds; no parameters, or the same one twice.
+        TypeError: an unknown keyword.
+    """
+
+    rule: ClassVar[Callable[..., Any]]
+    states: ClassVar[Mapping[str, str | State]] = {}
+    scalar_states: ClassVar[Mapping[str, float | str]] = {}
+    has_step: ClassVar[bool] = True
+    bounds: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    decay: ClassVar[Literal["l2", "decoupled"] | None] = None
+    source: ClassVar[str] = ""
+    eager_state: ClassVar[bool] = False
+    """Whether state is made by the constructor, not by the first step."""
+
+    _step_supports_amp_scaling = True  # GradScaler leaves the unscaling, and skipping a bad step, to `step`
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Any) -> None:
+        known = (*_own_arguments(type(self)), *Options.__annotations__)
+        for name in options:
+            if name not in Options.__annotations__:
+                raise TypeError(f"{type(self).__name__}: unknown argument {name!r}; {bounds.nearest(name, known)}")
+        backend = options.get("backend", "auto")
+        if backend not in BACKENDS:
+            raise ValueError(f"{type(self).__name__}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        self._backend: Backend = backend
+        self._plan: Plan | None = None
+        self._rule = type(self).declared(defaults)
+        self._check(defaults)
+        super().__init__(params, defaults)
+
+    @staticmethod
+    def scalars() -> Mapping[str, Any]:
+        """Numbers for the rule that change from step to step; see the class."""
+        return {}
+
+    @classmethod
+    def declared(cls, defaults: Mapping[str, Any]) -> Rule:
+        """What this class declares, as the engine reads it."""
+        states = {n: s if isinstance(s, State) else State(s) for n, s in cls.states.items()}
+        return Rule(
+            cls.__name__, cls.rule, cls.scalars, states, cls.scalar_states, cls.has_step, cls.decay, defaults
+        )
+
+    @classmethod
+    def check_group(cls, group: Mapping[str, Any]) -> None:
+        """Raise on hyperparameters that are wrong together; each is within its bounds already."""
+
+    @classmethod
+    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense"] | None:
+        """How a sparse gradient is used: only its rows are touched, it is made dense, or (None) it is an error."""
+        return None
+
+    # --- torch's contract -------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch._disable_dynamo
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient, in one pass over memory.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient that does not fit its parameter. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item():
+            return loss
+        scale: torch.Tensor | float | None = getattr(self, "grad_scale", None)
+        gain = 1.0 if scale is None else 1.0 / bounds.number(scale)
+        if self._plan is None or not self._plan.is_current(self) or not self._plan.run(self, gain):
+            from schuss.engine.plan import Plan
+
+            self._plan = Plan(self)
+            if not self._plan.run(self, gain):
+                raise AssertionError("something changed while a step was planned; please report this")
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does, after checking it.
+
+        Args:
+            param_group: {"params": ..., and hyperparameters that differ from the defaults}.
+
+        Raises:
+            ValueError: a hyperparameter out of its bounds, or a parameter that the optimizer has already.
+        """
+        if isinstance(param_group, dict):
+            self._check(self.defaults | {k: v for k, v in param_group.items() if k != "params"})
+            given = param_group.get("params")
+            if isinstance(given, Iterable) and not isinstance(given, (torch.Tensor, set)):
+                param_group = param_group | {"params": (tensors := list(given))}
+                identities = {id(t[1] if isinstance(t, tuple) else t) for t in tensors}
+                if len(identities) != len(tensors):
+                    raise ValueError(f"{type(self).__name__}: a parameter appears twice in one group")
+        super().add_param_group(param_group)
+        if self.eager_state:
+            for p in self.param_groups[-1]["params"]:
+                self._make_state(p, self.param_groups[-1])
+        self._plan = None
+
+    def load_state_dict(self, state_dict: StateDict, *, strict: bool = True) -> None:
+        """Load what `state_dict` returned, of this optimizer or of its torch.optim namesake.
+
+        State keeps the dtype that it was saved with and is copied, so it shares nothing with `state_dict`. When both
+        sides have parameter names, state is matched by name; else by order.
+
+        Args:
+            state_dict: the saved state.
+            strict: whether names that are on one side only are an error; else they are left as they are.
+
+        Raises:
+            ValueError: other groups, shapes or names than this optimizer has. Nothing has been changed then.
+        """
+        from schuss.checkpoint import load
+
+        load(self, state_dict, strict=strict)
+        self._plan = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_backend", "auto")
+        self._plan = None
+        self._rule = type(self).declared(self.defaults)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        for kept in self.state.values():
+            if "step" in kept and not isinstance(kept["step"], torch.Tensor):
+                kept["step"] = torch.tensor(float(kept["step"]), dtype=_scalar_dtype())
+
+    # --- what the engine needs --------------------------------------------------------------------------------------
+
+    def plan(self) -> "Plan":
+        """What a step does: print it to see the back end of each tensor and why, and the bytes it keeps and moves."""
+        from schuss.engine.plan import Plan
+
+        if self._plan is None or not self._plan.is_current(self):
+            self._plan = Plan(self, make_state=False)
+        return self._plan
+
+    def _check(self, group: Mapping[str, Any]) -> None:
+        owner = type(self).__name__
+        for name, bound in self.bounds.items():
+            if name in group:
+                bounds.check(owner, name, group[name], bound)
+        if group.get("fused") and group.get("foreach"):
+            raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together.")
+        if group.get("fused") and group.get("differentiable"):
+            raise RuntimeError(f"{owner}: `fused` does not support `differentiable`")
+        self.check_group(group)
+
+    def _make_state(self, p: torch.Tensor, group: Mapping[str, Any]) -> None:
+        """Add to `self.state[p]` what is missing there."""
+        rule, kept = self._rule, self.state[p]
+
+        def initial(value: float | str) -> float:
+            return bounds.number(group[value] if isinstance(value, str) else value)
+
+        for name, value in rule.scalar_states.items():
+            if kept.get(name) is None:
+                kept[name] = torch.tensor(initial(value), dtype=_scalar_dtype())
+        for state in rule.states.values():
+            if kept.get(state.name) is None and state.exists(group):
+                value = initial(state.init)
+                kept[state.name] = torch.full_like(
+                    p, complex(value, value) if p.is_complex() else value, memory_format=torch.preserve_format
+                ).detach()
+
+
+def _scalar_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def _own_arguments(cls: type) -> tuple[str, ...]:
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    signature = inspect.signature(cls)
+    return tuple(n for n, p in signature.parameters.items() if n != "params" and p.kind not in variadic)
+

@@ -1,0 +1,187 @@
+"""What a rule says of itself, as data: its states, and what the engine derives from its functions' signatures."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from schuss.bounds import number
+from schuss.engine.pieces import Pieces
+from schuss.engine.trace import parameters
+
+ENGINE_KEYS = ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+"""Keys of a parameter group that speak to the engine, not to the rule."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor like the parameter that a rule keeps from step to step.
+
+    Args:
+        name: its name in `optimizer.state[p]` and in checkpoints.
+        init: what it starts as: a number, or the name of a hyperparameter.
+        when: the hyperparameter that must be true or non-zero for the state to exist; None: it always exists.
+    """
+
+    name: str
+    init: float | str = 0.0
+    when: str | None = None
+
+    def exists(self, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter of this group has the state."""
+        return self.when is None or bool(group[self.when])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The form of a rule that a parameter group chooses: which states exist, and the flags."""
+
+    states: tuple[bool, ...]
+    flags: tuple[bool, ...]
+
+
+class Rule:
+    """A rule's formula, scalars and states, read once from the class that declares them.
+
+    Args:
+        owner: the class's name, for messages.
+        formula: `rule(p, g, <states>, <scalars and flags>)`, returns the new p and the new states in that order.
+        scalars: float64 function of `step` (counted from 1), `first` (the state is new), scalar states and
+            hyperparameters, by name; returns finished scalars, and new scalar states, by name.
+        states: letter in the formula -> state.
+        scalar_states: name -> initial value (a number, or the name of a hyperparameter) of numbers kept per parameter.
+        has_step: whether a `step` is kept per parameter.
+        decay: what `weight_decay` means.
+        defaults: the group's keys with their default values.
+    """
+
+    def __init__(
+        self,
+        owner: str,
+        formula: Callable[..., Any],
+        scalars: Callable[..., Mapping[str, Any]],
+        states: Mapping[str, State],
+        scalar_states: Mapping[str, float | str],
+        has_step: bool,
+        decay: str | None,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        self.owner, self.formula, self.scalars = owner, formula, scalars
+        self.states, self.has_step, self.decay = states, has_step, decay
+        self.scalar_states = ({"step": 0.0} if has_step else {}) | dict(scalar_states)
+        arguments = parameters(formula)
+        if arguments[:2] != ("p", "g"):
+            raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")
+        if missing := [letter for letter in states if letter not in arguments]:
+            raise TypeError(f"{owner}.rule does not take its state {missing[0]!r}")
+        self.flags = tuple(a for a in arguments[2:] if isinstance(defaults.get(a), bool))
+        """Hyperparameters that are Python booleans inside the formula."""
+        self.keys = tuple(defaults)
+        """The keys of a group that can change what a step does."""
+        wanted = {*parameters(scalars), *arguments, "lr", "weight_decay"}
+        self.numeric = tuple(
+            key for key in defaults if key in wanted and key not in self.flags and key not in ENGINE_KEYS
+        )
+        """The hyperparameters that are numbers, or pairs of numbers, for the scalars and the formula."""
+        self.pairs = {key for key in self.numeric if isinstance(defaults[key], (tuple, list))}
+        self.columns: dict[str, slice] = {}
+        """Where each of them lies in a row of numbers."""
+        for key in self.numeric:
+            start = max((c.stop for c in self.columns.values()), default=0)
+            self.columns[key] = slice(start, start + (2 if key in self.pairs else 1))
+
+    @cached_property
+    def _scalar_arguments(self) -> tuple[str, ...]:
+        return parameters(self.scalars)
+
+    @property
+    def marks_first(self) -> bool:
+        """Whether the first step is told by a mark of the plan, since no step is kept."""
+        return not self.has_step and "first" in self._scalar_arguments
+
+    def variant(self, group: Mapping[str, Any]) -> Variant:
+        """The form that a parameter group chooses."""
+        return Variant(
+            tuple(state.exists(group) for state in self.states.values()),
+            tuple(bool(group[flag]) for flag in self.flags),
+        )
+
+    def present(self, variant: Variant) -> list[State]:
+        """The states that exist."""
+        return [state for state, there in zip(self.states.values(), variant.states, strict=True) if there]
+
+    def letters(self, variant: Variant) -> dict[str, bool]:
+        """The letters of all states, and whether each exists."""
+        return dict(zip(self.states, variant.states, strict=True))
+
+    def chosen(self, variant: Variant) -> dict[str, bool]:
+        """The flags by name."""
+        return dict(zip(self.flags, variant.flags, strict=True))
+
+    def is_decoupled(self, group: Mapping[str, Any]) -> bool:
+        """Whether weight decay multiplies the parameter instead of joining the gradient."""
+        return bool(group.get("decoupled_weight_decay", self.decay == "decoupled"))
+
+    def chooses(self, key: str) -> bool:
+        """Whether the truth of a hyperparameter chooses the form of the rule or the back end."""
+        return key in self.flags or key in ENGINE_KEYS or any(state.when == key for state in self.states.values())
+
+    def numbers_of(self, key: str, value: Any) -> list[float]:
+        """A numeric hyperparameter as float64 numbers: two for a pair; None becomes NaN."""
+        return [number(v) for v in value] if key in self.pairs else [np.nan if value is None else number(value)]
+
+    def numbers(self, group: Mapping[str, Any]) -> list[float]:
+        """A group's numeric hyperparameters, and what the engine needs of it, as one row of float64."""
+        row = [n for key in self.numeric for n in self.numbers_of(key, group[key])]
+        return [*row, -1.0 if group.get("maximize") else 1.0, float(self.is_decoupled(group))]
+
+    def unpack(self, columns: Any) -> dict[str, Any]:
+        """Name -> value of what `numbers` packed, from columns (one row or many)."""
+        values, i = {}, 0
+        for key in self.numeric:
+            if key in self.pairs:
+                values[key] = (columns[i], columns[i + 1])
+                i += 2
+            else:
+                values[key] = columns[i]
+                i += 1
+        return values | {"gain": columns[i], "decoupled": columns[i + 1]}
+
+    def finish(self, hyper: Mapping[str, Any], kept: Mapping[str, Any], gain: float = 1.0) -> dict[str, Any]:
+        """All scalars of a step by name: the rule's own, the pieces', and the new scalar states.
+
+        Args:
+            hyper: what `unpack` returned (floats, float64 arrays with one element per row, or tensors).
+            kept: the scalar states before the step, and "first" where the plan marks it.
+            gain: what the gradient is multiplied by, beside the sign.
+        """
+        values = dict(hyper) | dict(kept)
+        if self.has_step:
+            values["step"] = values["step"] + 1
+            values["first"] = values["step"] == 1
+        result = values | dict(self.scalars(**{name: values[name] for name in self._scalar_arguments}))
+        weight_decay, decoupled = values.get("weight_decay", 0.0), values["decoupled"]
+        if "decay" not in result:  # a rule may say that a step does not decay
+            result["decay"] = 1 - values["lr"] * weight_decay * decoupled if "lr" in values else 1.0
+        result["weight_decay"] = weight_decay * (1 - decoupled) if self.decay is not None else 0.0
+        result["gain"] = values["gain"] * gain
+        return result
+
+    def pieces(self, hyper: Mapping[str, Any], gain: float = 1.0) -> Pieces:
+        """The pieces that these hyperparameters call for, of one tensor or of many."""
+        weight_decay = _array(hyper.get("weight_decay", 0.0))
+        used = (weight_decay != 0) if self.decay is not None else np.zeros_like(weight_decay, bool)
+        decoupled = _array(hyper["decoupled"]) != 0
+        return Pieces(
+            gain=bool(np.any(_array(hyper["gain"]) * gain != 1)),
+            l2=bool(np.any(used & ~decoupled)),
+            l2_everywhere=bool(np.all(used & ~decoupled)),
+            decay=bool(np.any(used & decoupled)),
+        )
+
+
+def _array(value: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(number(value) if isinstance(value, torch.Tensor) else value)
