@@ -81,6 +81,10 @@ class Optimizer(torch.optim.Optimizer):
         self._rule = type(self).declared(defaults)
         self._check(defaults)
         super().__init__(params, defaults)
+        if backend in ("auto", "numba") and any(p.device.type == "cpu" for g in self.param_groups for p in g["params"]):
+            from schuss.engine.numba import prepare
+
+            prepare()
 
     @staticmethod
     def scalars() -> Mapping[str, Any]:
@@ -112,7 +116,7 @@ class Optimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # nothing in it is for a tracer; `torch.compiler.disable` would import one with schuss
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in one pass over memory.
 

@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 # No fastmath: a step waits for memory, not for arithmetic, and without contracted multiplications every element is
 # rounded alike wherever it lies in a vector, a chunk or a tensor, and as eager torch rounds it.
-inline = njit(error_model="numpy")
+inline = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @intrinsic
@@ -23,6 +23,31 @@ def pointer(typing_context, address, dtype):
 
     def generate(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic
+def load(typing_context, address, dtype):
+    """The `dtype` at the int64 `address`."""
+    signature = dtype.dtype(address, dtype)
+
+    def generate(context, builder, signature, args):
+        kind = context.get_value_type(signature.return_type)
+        return builder.load(builder.inttoptr(args[0], kind.as_pointer()))
+
+    return signature, generate
+
+
+@intrinsic
+def store(typing_context, address, value):
+    """Write `value` at the int64 `address`."""
+    signature = types.void(address, value)
+
+    def generate(context, builder, signature, args):
+        kind = context.get_value_type(signature.args[1])
+        builder.store(args[1], builder.inttoptr(args[0], kind.as_pointer()))
+        return context.get_dummy_value()
 
     return signature, generate
 

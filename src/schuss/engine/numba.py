@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 import torch
 
 from schuss.engine import cache as code_cache
@@ -108,6 +109,12 @@ def driver() -> Any:
     _choose_threading_layer()
     text = files("schuss.engine").joinpath("driver.py").read_text(encoding="utf-8")
     return code_cache.load("driver", f"{text}\n# with native {_native_digest()}\n")
+
+
+@cache
+def prepare() -> None:
+    """Load Numba and a first compiled function, which takes it half a second: not in the first step of a training."""
+    driver().read(np.zeros((0, 1), np.int64), np.zeros(1, np.bool_), np.zeros((0, 1)))
 
 
 @lru_cache(maxsize=None)

@@ -101,7 +101,7 @@ class Native:
         w, interface = self._watched, self._interface
         return int(
             self._loop(
-                interface.functions, self._scratch, id(None), id(torch.Tensor), interface.handle_offset, id(grads),
+                interface.functions, self._scratch, self._scratch.ctypes.data, id(None), id(torch.Tensor), interface.handle_offset, id(grads),
                 self._params, self._objects, self._dicts, self._keys, w.address, w.scalar_address,
                 self._numel, self._layout, self._begin, self._traits, w.active,
             )  # fmt: skip

@@ -1,0 +1,248 @@
+"""Steps of every optimizer against torch.optim, on the CPU. Prints tables in Markdown.
+
+    python benchmarks/cpu.py [--quick] [--only AdamW,SGD] [--threads N]
+
+Each comparison alternates schuss and torch step by step in one process and takes medians; figures of different rows
+are minutes apart on a machine that may be busy, ratios within a row are not. The bandwidth limit is an in-place
+`a += s * b` over the same number of bytes, measured between the steps of the same row.
+"""
+
+import argparse
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable
+
+import torch
+
+from schuss import optim
+
+RULES: dict[str, dict[str, object]] = {
+    "SGD": {},
+    "SGD momentum": {"momentum": 0.9},
+    "SGD Nesterov": {"momentum": 0.9, "nesterov": True},
+    "Adagrad": {},
+    "Adadelta": {},
+    "RMSprop": {},
+    "RMSprop centered": {"centered": True, "momentum": 0.9},
+    "Adam": {},
+    "AMSGrad": {"amsgrad": True},
+    "AdamW": {},
+    "NAdam": {},
+    "RAdam": {},
+    "Adamax": {},
+    "ASGD": {},
+    "Rprop": {},
+    "ADOPT": {},
+    "Lion": {},
+}
+CLASSES = {"AMSGrad": "Adam"}
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """The 148 shapes of GPT-2 small."""
+    d = 768
+    block = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [(50257, d), (1024, d), *(block * 12), (d,), (d,)]
+
+
+SETS: dict[str, list[tuple[int, ...]]] = {
+    "big": [(1024, 1024)] * 32,
+    "small": [(64,)] * 1000,
+    "gpt2": gpt2(),
+}
+
+
+def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    """Parameters with gradients."""
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    for p in params:
+        p.grad = (0.1 * torch.randn_like(p)).detach()
+    return params
+
+
+def interleaved(functions: list[Callable[[], object]], seconds: float) -> list[float]:
+    """Median milliseconds of each function, called in turn for about `seconds`."""
+    for f in functions:
+        f()
+        f()
+    times: list[list[float]] = [[] for _ in functions]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 7 or (time.perf_counter() < end and len(times[0]) < 200):
+        for f, t in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            f()
+            t.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(t) for t in times]
+
+
+def torch_variants(name: str, settings: dict[str, object], params: Callable[[], list[torch.nn.Parameter]]) -> dict[str, object]:
+    """torch's optimizer of this name: its default loop, foreach, and fused where there is one."""
+    cls = getattr(torch.optim, CLASSES.get(name, name.split()[0]), None)
+    variants: dict[str, object] = {}
+    if cls is None:
+        return variants
+    for label, more in (("loop", {}), ("foreach", {"foreach": True}), ("fused", {"fused": True})):
+        try:
+            variants[label] = cls(params(), **settings, **more)
+        except (TypeError, RuntimeError):
+            continue
+    return variants
+
+
+class Triad:
+    """The bandwidth limit: a += s * b over `bytes_moved` bytes, a third of them written."""
+
+    def __init__(self, bytes_moved: int) -> None:
+        count = max(bytes_moved // 12, 1)
+        self.a, self.b = torch.zeros(count), torch.ones(count)
+
+    def __call__(self) -> None:
+        self.a.add_(self.b, alpha=0.5)
+
+
+def rules_table(which: str, dtype: torch.dtype, only: list[str], seconds: float) -> None:
+    """One row per rule: ms of schuss and of torch's variants, ratios, and the fraction of the bandwidth limit."""
+    shapes = SETS[which]
+    print(f"\n### {which}: {len(shapes)} tensors, {str(dtype).removeprefix('torch.')}, ms per step\n")
+    print("| rule | schuss | torch loop | foreach | fused | best / schuss | loop / schuss | of bandwidth limit |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, settings in RULES.items():
+        if only and name.split()[0] not in only:
+            continue
+        cls = getattr(optim, CLASSES.get(name, name.split()[0]))
+
+        def make() -> list[torch.nn.Parameter]:
+            return parameters(shapes, dtype)
+
+        ours = cls(make(), **settings)
+        variants = torch_variants(name, settings, make)
+        if which != "small":
+            variants.pop("foreach", None) if which == "gpt2" else None
+        ours.step()
+        traffic = ours.plan().traffic_bytes
+        triad = Triad(traffic) if which != "small" else None
+        functions = [ours.step, *(v.step for v in variants.values())]  # type: ignore[attr-defined]
+        results = interleaved([*functions, *([triad] if triad else [])], seconds)
+        mine, others = results[0], dict(zip(variants, results[1:], strict=False))
+        cells = [f"{mine:.2f}", *(f"{others[k]:.2f}" if k in others else "-" for k in ("loop", "foreach", "fused"))]
+        cells.append(f"{min(others.values()) / mine:.2f}" if others else "-")
+        cells.append(f"{others['loop'] / mine:.1f}" if others else "-")
+        cells.append(f"{results[-1] / mine:.2f}" if triad else "-")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        del ours, variants, functions, triad
+        gc.collect()
+
+
+def groups_table(seconds: float) -> None:
+    """400 tensors in 200 groups against the same tensors in one."""
+    shapes = [(128, 64), (128,)] * 200
+    print("\n### 200 groups of 2 tensors against one group, ms per step\n")
+    print("| rule | schuss, 200 groups | schuss, one | ratio | torch loop, 200 | torch fused, 200 |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name in ("SGD", "AdamW", "RMSprop"):
+
+        def groups() -> list[dict[str, object]]:
+            params = parameters(shapes, torch.float32)
+            return [{"params": params[2 * i : 2 * i + 2], "lr": 1e-3 * (1 + i)} for i in range(200)]
+
+        many = getattr(optim, name)(groups())
+        one = getattr(optim, name)(parameters(shapes, torch.float32))
+        variants = torch_variants(name, {}, groups)  # type: ignore[arg-type]
+        variants.pop("foreach")
+        functions = [many.step, one.step, *(v.step for v in variants.values())]  # type: ignore[attr-defined]
+        a, b, *rest = interleaved(functions, seconds)
+        others = dict(zip(variants, rest, strict=True))
+        cells = [f"{others[k]:.2f}" if k in others else "-" for k in ("loop", "fused")]
+        print(f"| {name} | {a:.3f} | {b:.3f} | {a / b:.2f} | {' | '.join(cells)} |", flush=True)
+
+
+def memory() -> None:
+    """What a step allocates once the plan is made: Python's allocations, and torch's."""
+    optimizer = optim.AdamW(parameters(SETS["big"], torch.float32))
+    for _ in range(3):
+        optimizer.step()
+    tracemalloc.start()
+    optimizer.step()
+    python_peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    torch_peak = sum(max(e.self_cpu_memory_usage, 0) for e in profile.key_averages())
+    print("\n### Memory during a step of AdamW on 32 tensors of 1024x1024\n")
+    print(f"Python and NumPy at most {python_peak / 1e3:.0f} kB, torch allocations {torch_peak / 1e3:.0f} kB")
+
+
+STARTUP = """
+import sys, time
+t0 = time.perf_counter()
+import torch
+t1 = time.perf_counter()
+import schuss
+from schuss import optim
+t2 = time.perf_counter()
+p = [torch.nn.Parameter(torch.randn(1000, 1000)) for _ in range(4)]
+for q in p:
+    q.grad = torch.randn_like(q)
+o = getattr(optim, sys.argv[1])(p)
+t3 = time.perf_counter()
+o.step()
+t4 = time.perf_counter()
+print(t1 - t0, t2 - t1, t3 - t2, t4 - t3)
+"""
+
+
+def startup() -> None:
+    """Import time and the first step, with an empty and with a filled cache folder."""
+    print("\n### Start, seconds\n")
+    print("| rule | import schuss, after torch | first step, cold | first step, warm |")
+    print("|---|---:|---:|---:|")
+    for name in ("SGD", "AdamW", "ADOPT"):
+        cold, warm, imports = [], [], []
+        for _ in range(3):
+            with tempfile.TemporaryDirectory() as folder:
+                for steps in (cold, warm):
+                    environment = os.environ | {"SCHUSS_CACHE_DIR": folder}
+                    command = [sys.executable, "-c", STARTUP, name]
+                    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+                    _, imported, made, first = map(float, output.split())
+                    imports.append(imported)
+                    steps.append(made + first)
+        print(f"| {name} | {statistics.median(imports):.3f} | {statistics.median(cold):.2f} | {statistics.median(warm):.2f} |")
+
+
+def main() -> None:
+    """Print all tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="shorter measurements")
+    parser.add_argument("--only", default="", help="classes, comma-separated")
+    parser.add_argument("--tables", default="big,small,gpt2,bfloat16,groups,memory,startup")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    only = [n for n in arguments.only.split(",") if n]
+    tables = arguments.tables.split(",")
+    seconds = 0.5 if arguments.quick else 2.5
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {arguments.threads} threads")
+    for which in SETS:
+        if which in tables:
+            rules_table(which, torch.float32, only, seconds)
+    if "bfloat16" in tables:
+        rules_table("big", torch.bfloat16, only, seconds)
+    if "groups" in tables:
+        groups_table(seconds)
+    if "memory" in tables:
+        memory()
+    if "startup" in tables:
+        startup()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""The `schuss` command. A subcommand parses, calls the library and prints; heavy imports wait until it runs."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+NEEDS_LAB = 'schuss: the command line needs the lab extra: pip install "schuss[lab]"'
+
+try:
+    import typer
+    from typer.exceptions import TyperException
+except ModuleNotFoundError:
+    # The console script imports this module before it can call main().
+    raise SystemExit(NEEDS_LAB) from None
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from schuss.lab.ranking import Standing
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line. A mistake in the arguments is one line on stderr and exit code 2."""
+    try:
+        code = app(args=arguments, prog_name="schuss", standalone_mode=False)
+    except TyperException as error:
+        print(f"schuss: {error.format_message()}", file=sys.stderr)
+        code = error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in {"plotly", "rich", "sklearn"}:
+            raise
+        print(NEEDS_LAB, file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+@contextmanager
+def bad_values() -> Iterator[None]:
+    """Report a ValueError as a mistake in the arguments."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Optimizers for PyTorch, each written once as a formula."""
+    if version:
+        from schuss import __version__
+
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def compare(
+    optimizers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names, separated by commas or repeated: AdamW is schuss's, torch:AdamW is torch's. "
+            "Default: torch:AdamW and schuss's SGD, Adam, AdamW, RAdam, NAdam, ADOPT and Lion.",
+            show_default=False,
+        ),
+    ] = None,
+    lrs: Annotated[
+        str | None,
+        typer.Option(help="Initial learning rates for all optimizers, separated by commas. Default: a grid for each."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data in each run.")] = 15,
+    seeds: Annotated[str, typer.Option(help="A count (3 means seeds 0, 1 and 2) or a list (0,7 or 7,).")] = "3",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch. One is the fastest on a shared machine.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for compare.html and compare.json.")] = Path("out"),
+) -> None:
+    """Train a classifier of handwritten digits with several optimizers and learning rates, and rank them."""
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from schuss.lab import report
+    from schuss.lab.candidate import DEFAULT_NAMES, candidates
+    from schuss.lab.compare import compare
+    from schuss.lab.ranking import rank, remarks
+    from schuss.lab.workload import digits
+
+    torch.set_num_threads(threads)
+    workload = digits()
+    with bad_values():
+        names = DEFAULT_NAMES if optimizers is None else _split(",".join(optimizers))
+        entrants = candidates(names, None if lrs is None else _learning_rates(lrs))
+        chosen = _seeds(seeds)
+        pending = compare(workload, entrants, seeds=chosen, epochs=epochs)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot make the folder {out}: {error.strerror}") from error
+
+    total = len(chosen) * sum(len(entrant.lrs) for entrant in entrants)
+    runs = list(track(pending, f"{total} runs", total=total, console=Console(stderr=True), transient=True))
+    standings = rank(runs)
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(_table(standings))
+    for line in remarks(standings):
+        console.print(f"- {line}")
+
+    # The names are spelt out because the default may change in a later version.
+    words = ["schuss", "compare", "--optimizers", ",".join(entrant.name for entrant in entrants)]
+    words += ["--lrs", lrs] if lrs is not None else []
+    command = shlex.join([*words, "--epochs", str(epochs), "--seeds", seeds])
+    page, numbers = out / "compare.html", out / "compare.json"
+    page.write_text(report.to_html(standings, command=command, workload=workload), encoding="utf-8")
+    numbers.write_text(report.to_json(runs, command=command, workload=workload), encoding="utf-8")
+    console.print(f"Report: {page}\nNumbers: {numbers}")
+
+
+def _table(standings: "Sequence[Standing]") -> "Table":
+    from rich.table import Table
+
+    from schuss.lab.ranking import HEADER, table
+
+    shown = Table(box=None, pad_edge=False)
+    for name in HEADER:
+        shown.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
+    for row in table(standings):
+        shown.add_row(*row)
+    return shown
+
+
+def _split(text: str) -> list[str]:
+    return [word for word in (part.strip() for part in text.split(",")) if word]
+
+
+def _learning_rates(text: str) -> list[float]:
+    try:
+        return [float(word) for word in _split(text)]
+    except ValueError:
+        raise ValueError(f"--lrs must be numbers separated by commas, got {text!r}") from None
+
+
+def _seeds(text: str) -> list[int]:
+    words = _split(text)
+    if not words or not all(word.isdecimal() for word in words) or text.strip() == "0":
+        raise ValueError(f"--seeds must be a count of at least 1 or integers separated by commas, got {text!r}")
+    return list(dict.fromkeys(map(int, words))) if "," in text else list(range(int(text)))
