@@ -82,7 +82,9 @@ def interleaved(functions: list[Callable[[], object]], seconds: float) -> list[f
     return [1e3 * statistics.median(t) for t in times]
 
 
-def torch_variants(name: str, settings: dict[str, object], params: Callable[[], list[torch.nn.Parameter]]) -> dict[str, object]:
+def torch_variants(
+    name: str, settings: dict[str, object], params: Callable[[], list[torch.nn.Parameter]]
+) -> dict[str, object]:
     """torch's optimizer of this name: its default loop, foreach, and fused where there is one."""
     cls = getattr(torch.optim, CLASSES.get(name, name.split()[0]), None)
     variants: dict[str, object] = {}
@@ -201,20 +203,22 @@ print(t1 - t0, t2 - t1, t3 - t2, t4 - t3)
 def startup() -> None:
     """Import time and the first step, with an empty and with a filled cache folder."""
     print("\n### Start, seconds\n")
-    print("| rule | import schuss, after torch | first step, cold | first step, warm |")
-    print("|---|---:|---:|---:|")
+    print("| rule | import schuss, after torch | first optimizer made | first step, cold | first step, warm |")
+    print("|---|---:|---:|---:|---:|")
     for name in ("SGD", "AdamW", "ADOPT"):
-        cold, warm, imports = [], [], []
+        cold, warm, imports, made = [], [], [], []
         for _ in range(3):
             with tempfile.TemporaryDirectory() as folder:
                 for steps in (cold, warm):
                     environment = os.environ | {"SCHUSS_CACHE_DIR": folder}
                     command = [sys.executable, "-c", STARTUP, name]
                     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-                    _, imported, made, first = map(float, output.split())
+                    _, imported, constructed, first = map(float, output.split())
                     imports.append(imported)
-                    steps.append(made + first)
-        print(f"| {name} | {statistics.median(imports):.3f} | {statistics.median(cold):.2f} | {statistics.median(warm):.2f} |")
+                    made.append(constructed)
+                    steps.append(first)
+        medians = [f"{statistics.median(values):.2f}" for values in (imports, made, cold, warm)]
+        print(f"| {name} | {' | '.join(medians)} |")
 
 
 def main() -> None:

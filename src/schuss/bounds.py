@@ -59,8 +59,8 @@ def check(owner: str, name: str, value: Any, bound: str | tuple[str, ...]) -> No
         if not isinstance(value, (tuple, list)) or len(value) != 2:
             raise ValueError(f"{owner}: {name} must be two numbers, got {value!r}")
         bounds = bound if isinstance(bound, tuple) else (bound, bound)
-        for i, (item, interval) in enumerate(zip(value, bounds, strict=True)):
-            check(owner, f"{name}[{i}]", item, interval)
+        for i, (item, its_bound) in enumerate(zip(value, bounds, strict=True)):
+            check(owner, f"{name}[{i}]", item, its_bound)
         return
     optional = bound.startswith("None or ")
     interval = Interval.parse(bound.removeprefix("None or "))

@@ -107,7 +107,7 @@ def _copy(value: Any, key: str, p: torch.Tensor) -> Any:
     """A copy on the parameter's device, in the dtype it was saved with; numbers per parameter stay where they are."""
     if not isinstance(value, torch.Tensor):
         return deepcopy(value)
-    if value.dim() == 0 and p.dim() != 0 or key == "step":
+    if key == "step" or (value.dim() == 0 and p.dim() != 0):
         return value.detach().clone()
     copied = value.detach().to(p.device)
     like = torch.empty_like(p, dtype=copied.dtype) if copied.shape == p.shape else torch.empty_like(copied)

@@ -1,5 +1,6 @@
 """The `schuss` command. A subcommand parses, calls the library and prints; heavy imports wait until it runs."""
 
+import ast
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -116,11 +117,66 @@ def compare(
     # The names are spelt out because the default may change in a later version.
     words = ["schuss", "compare", "--optimizers", ",".join(entrant.name for entrant in entrants)]
     words += ["--lrs", lrs] if lrs is not None else []
-    command = shlex.join([*words, "--epochs", str(epochs), "--seeds", seeds])
+    command = shlex.join([*words, "--epochs", str(epochs), "--seeds", seeds, "--threads", str(threads)])
     page, numbers = out / "compare.html", out / "compare.json"
     page.write_text(report.to_html(standings, command=command, workload=workload), encoding="utf-8")
     numbers.write_text(report.to_json(runs, command=command, workload=workload), encoding="utf-8")
     console.print(f"Report: {page}\nNumbers: {numbers}")
+
+
+@app.command("list")
+def list_optimizers() -> None:
+    """The optimizers: name, what it is, bytes of float32 state per element, source."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from schuss import describe
+
+    shown = Table(box=None, pad_edge=False)
+    for name in ("optimizer", "what it is", "state", "source"):
+        shown.add_column(name, justify="right" if name == "state" else "left", no_wrap=name == "optimizer")
+    for row in describe.table():
+        shown.add_row(row.name, row.summary, str(row.state_bytes), row.source)
+    Console(highlight=False, markup=False).print(shown)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="An optimizer of schuss, or module:Class for one of yours.")],
+    backend: Annotated[
+        str | None,
+        typer.Option(help="Print what runs there instead of the formula: numba (the kernel), or reference (the rule)."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyperparameter, as in --set amsgrad=True; may be repeated.", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of all tensors, for the kernel.")] = "float32",
+    latex: Annotated[bool, typer.Option("--latex", help="Print the formula as LaTeX.")] = False,
+) -> None:
+    """Print an optimizer's formula, from the rule itself, or the kernel that is generated from it."""
+    from schuss import describe
+
+    with bad_values():
+        if backend not in (None, "numba", "reference"):
+            raise ValueError(f"--backend must be numba or reference, got {backend!r}")
+        cls = describe.find(name)
+        settings = dict(map(_setting, setting or []))
+        try:
+            text = describe.show(cls, settings, backend=backend, dtype=dtype, latex=latex)
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    print(text)
+
+
+def _setting(text: str) -> tuple[str, object]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set must be name=value, got {text!r}")
+    try:
+        return name.strip(), ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError):
+        raise ValueError(f"--set {name.strip()}: not a Python number, boolean, None or tuple: {value!r}") from None
 
 
 def _table(standings: "Sequence[Standing]") -> "Table":

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from schuss import optim
 from schuss.bounds import nearest
-from schuss.engine.numba import real
+from schuss.engine.numba import STORAGE, real
 from schuss.engine.pieces import trace
 from schuss.engine.plan import kernel_of
 from schuss.engine.trace import Expr, Graph, parameters
@@ -87,6 +88,40 @@ def kernel(cls: type[Optimizer], settings: Mapping[str, Any], dtype: torch.dtype
     return kernel_of(f"{cls.__module__}.{cls.__name__}", rule, variant, pieces, dtypes)[0]
 
 
+def show(
+    cls: type[Optimizer],
+    settings: Mapping[str, Any],
+    *,
+    backend: str | None = None,
+    dtype: str = "float32",
+    latex: bool = False,
+) -> str:
+    """What `schuss show` prints: an optimizer's formula, its rule as Python (reference), or its kernel (numba).
+
+    Raises:
+        ValueError: a dtype that no kernel is generated for, or a hyperparameter out of its bounds.
+        TypeError: a hyperparameter that the optimizer does not have.
+    """
+    if backend == "numba":
+        kinds = {str(d).removeprefix("torch."): d for d in (*STORAGE, torch.complex64, torch.complex128)}
+        if dtype not in kinds:
+            raise ValueError(f"no kernel for dtype {dtype!r}; {nearest(dtype, kinds)}")
+        return kernel(cls, settings, kinds[dtype]).rstrip()
+    if backend == "reference":
+        parts = (
+            [cls.scalars, cls.rule] if "scalars" in vars(cls) or cls.scalars is not Optimizer.scalars else [cls.rule]
+        )
+        return "\n".join(textwrap.dedent(inspect.getsource(part)) for part in parts).rstrip()
+    longer, equations = formulas(cls, settings)
+    if latex:
+        return "\n".join(rf"{sympy.latex(e)} \\" for e in (*longer, *equations))
+    written = [
+        "\n".join("  " + line for line in sympy.pretty(e, use_unicode=True, wrap_line=False).splitlines())
+        for e in (*longer, *equations)
+    ]
+    return "\n\n".join([f"{cls.__name__}: {summary(cls)}", *written, f"Source: {cls.source}"])
+
+
 def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sympy.Eq], list[sympy.Eq]]:
     """An optimizer's formula as equations: of the step's longer scalars, and of the states and the parameter.
 
@@ -116,14 +151,16 @@ def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sy
 
 
 def _declared(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    optimizer = cls([torch.zeros(1)], **settings)  # type: ignore[call-arg]
+    optimizer = cls([torch.zeros(1)], **settings)
     return optimizer._rule, optimizer.param_groups[0]
 
 
 def _scalars(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> mathematics of every scalar of a step."""
     graph = Graph()
-    pairs = {k: (graph.name(_singular(k) + "1"), graph.name(_singular(k) + "2")) for k in rule.numeric if k in rule.pairs}
+    pairs = {
+        k: (graph.name(_singular(k) + "1"), graph.name(_singular(k) + "2")) for k in rule.numeric if k in rule.pairs
+    }
     hyper: dict[str, Any] = {k: pairs.get(k, graph.name(k)) for k in rule.numeric}
     constants = {"gain": -1 if group.get("maximize") else 1, "decoupled": int(rule.is_decoupled(group))}
     kept = {n: graph.name(n) for n in (*rule.scalar_states, "step", "first")}
@@ -194,4 +231,4 @@ def _symbol(name: str) -> sympy.Symbol:
 
 
 def _previous(name: str) -> sympy.Symbol:
-    return sympy.Symbol(f"{name}_t-1" if "_" not in name else f"{name}_t-1", real=True)
+    return sympy.Symbol(f"{name}_t-1", real=True)

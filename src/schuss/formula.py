@@ -5,23 +5,95 @@ torch), lists of tensors (the foreach back end), float64 numbers and arrays (the
 which kernels are generated and formulas printed). Every word means on each of them what torch means by it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["absolute", "clamp", "lerp", "logical_and", "maximum", "minimum", "sign", "sqrt", "where"]
+__all__ = ["Operand", "absolute", "clamp", "lerp", "logical_and", "maximum", "minimum", "sign", "sqrt", "where"]
+
+
+class Operand:
+    """What rules compute with besides tensors and numbers: operators and words become `__formula__(word, args)`."""
+
+    __slots__ = ()
+    __array_ufunc__ = None  # a NumPy number on the left hands the operation to us
+
+    def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
+
+    def __add__(self, other: Any) -> Any:
+        return self.__formula__("add", (self, other))
+
+    def __radd__(self, other: Any) -> Any:
+        return self.__formula__("add", (other, self))
+
+    def __sub__(self, other: Any) -> Any:
+        return self.__formula__("sub", (self, other))
+
+    def __rsub__(self, other: Any) -> Any:
+        return self.__formula__("sub", (other, self))
+
+    def __mul__(self, other: Any) -> Any:
+        return self.__formula__("mul", (self, other))
+
+    def __rmul__(self, other: Any) -> Any:
+        return self.__formula__("mul", (other, self))
+
+    def __truediv__(self, other: Any) -> Any:
+        return self.__formula__("div", (self, other))
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return self.__formula__("div", (other, self))
+
+    def __pow__(self, other: Any) -> Any:
+        return self.__formula__("pow", (self, other))
+
+    def __rpow__(self, other: Any) -> Any:
+        return self.__formula__("pow", (other, self))
+
+    def __neg__(self) -> Any:
+        return self.__formula__("neg", (self,))
+
+    def __abs__(self) -> Any:
+        return self.__formula__("absolute", (self,))
+
+    def __lt__(self, other: Any) -> Any:
+        return self.__formula__("lt", (self, other))
+
+    def __le__(self, other: Any) -> Any:
+        return self.__formula__("le", (self, other))
+
+    def __gt__(self, other: Any) -> Any:
+        return self.__formula__("gt", (self, other))
+
+    def __ge__(self, other: Any) -> Any:
+        return self.__formula__("ge", (self, other))
+
+    def __eq__(self, other: object) -> Any:
+        return self.__formula__("eq", (self, other))
+
+    def __ne__(self, other: object) -> Any:
+        return self.__formula__("ne", (self, other))
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        raise TypeError("a rule cannot branch on values (`if`, `and`, `or`, `not` on an array): use where(...)")
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("a rule sees one element at a time: it cannot unpack or iterate over an array")
 
 
 def _word(on_tensors: Callable[..., Any], on_numbers: Callable[..., Any]) -> Callable[..., Any]:
-    """A word that dispatches on its arguments; objects of the back ends bring their meaning as `__formula__`."""
+    """A word that dispatches on its arguments."""
     name = on_tensors.__name__
 
     def apply(*args: Any) -> Any:
         for arg in args:
-            if (speak := getattr(arg, "__formula__", None)) is not None:
-                return speak(name, args)
+            if isinstance(arg, Operand):
+                return arg.__formula__(name, args)
         if any(isinstance(arg, torch.Tensor) for arg in args):
             return on_tensors(*args)
         return on_numbers(*args)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
 from schuss import bounds
@@ -18,6 +19,10 @@ __all__ = ["BACKENDS", "Backend", "Optimizer", "Options"]
 Number = float | torch.Tensor
 Backend = Literal["auto", "numba", "foreach", "reference"]
 BACKENDS = ("auto", "numba", "foreach", "reference")
+
+
+def _no_scalars() -> Mapping[str, Any]:
+    return {}
 
 
 class Options(TypedDict, total=False):
@@ -57,6 +62,7 @@ class Optimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[Callable[..., Any]]
+    scalars: ClassVar[Callable[..., Mapping[str, Any]]] = staticmethod(_no_scalars)
     states: ClassVar[Mapping[str, str | State]] = {}
     scalar_states: ClassVar[Mapping[str, float | str]] = {}
     has_step: ClassVar[bool] = True
@@ -86,18 +92,11 @@ class Optimizer(torch.optim.Optimizer):
 
             prepare()
 
-    @staticmethod
-    def scalars() -> Mapping[str, Any]:
-        """Numbers for the rule that change from step to step; see the class."""
-        return {}
-
     @classmethod
     def declared(cls, defaults: Mapping[str, Any]) -> Rule:
         """What this class declares, as the engine reads it."""
         states = {n: s if isinstance(s, State) else State(s) for n, s in cls.states.items()}
-        return Rule(
-            cls.__name__, cls.rule, cls.scalars, states, cls.scalar_states, cls.has_step, cls.decay, defaults
-        )
+        return Rule(cls.__name__, cls.rule, cls.scalars, states, cls.scalar_states, cls.has_step, cls.decay, defaults)
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -116,7 +115,7 @@ class Optimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # nothing in it is for a tracer; `torch.compiler.disable` would import one with schuss
+    @_disable_dynamo  # nothing in it is for a tracer; `torch.compiler.disable` would import one with schuss
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, in one pass over memory.
 
@@ -249,4 +248,3 @@ def _own_arguments(cls: type) -> tuple[str, ...]:
     variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     signature = inspect.signature(cls)
     return tuple(n for n, p in signature.parameters.items() if n != "params" and p.kind not in variadic)
-

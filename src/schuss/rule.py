@@ -71,7 +71,8 @@ class Rule:
     ) -> None:
         self.owner, self.formula, self.scalars = owner, formula, scalars
         self.states, self.has_step, self.decay = states, has_step, decay
-        self.scalar_states = ({"step": 0.0} if has_step else {}) | dict(scalar_states)
+        step: dict[str, float | str] = {"step": 0.0} if has_step else {}
+        self.scalar_states = step | dict(scalar_states)
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
             raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")

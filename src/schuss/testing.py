@@ -58,7 +58,7 @@ class Run:
         generator = torch.Generator().manual_seed(0)
         self.params = [torch.nn.Parameter(torch.randn(s, dtype=dtype, generator=generator)) for s in SHAPES]
         parts = [self.params[i::groups] for i in range(groups)]
-        self.optimizer = cls([{"params": part} for part in parts], **(dict(settings) | more))  # type: ignore[call-arg]
+        self.optimizer = cls([{"params": part} for part in parts], **(dict(settings) | more))
 
     def step(self, seed: int, *, skip: int | None = None, sign: float = 1.0) -> None:
         """One step; the parameter `skip` has no gradient."""
@@ -230,7 +230,7 @@ def bounds_hold(cls: type[Optimizer], settings: Mapping[str, Any]) -> None:
                 value = tuple(wrong if j == i else d for j, d in enumerate(defaults[name])) if pair else wrong
                 where = f"{name}[{i}]" if pair else name
                 try:
-                    Run(cls, settings, **{name: value})
+                    Run(cls, {**settings, name: value})
                 except ValueError as error:
                     interval_text = bound[i] if isinstance(bound, tuple) else bound
                     clear = f"{cls.__name__}: {where} must be in {interval_text}"

@@ -75,7 +75,8 @@ def _write(path: Path, text: str) -> Path:
 
 def _import(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # while it runs, too: Numba caches functions of importable modules only
     try:

@@ -2,7 +2,8 @@
 
 Loaded through `schuss.engine.cache`, so that its machine code lies in the same folder as that of the kernels.
 """
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# mypy: ignore-errors
+# (Numba infers the types of what it compiles; mypy does not know its intrinsics.)
 
 from numba import float32, float64, int64, njit, prange
 
@@ -100,9 +101,7 @@ def launch_serial(kernel, context, size, weight, scalar_address, scalar_is_doubl
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def launch_parallel(
-    parts, kernel, context, size, weight, scalar_address, scalar_is_double, active, row_of, values
-):
+def launch_parallel(parts, kernel, context, size, weight, scalar_address, scalar_is_double, active, row_of, values):
     """`launch_serial` on several threads. The chunks are the same whatever their number, and so are the bits."""
     for part in prange(parts):
         walk(kernel, context, size, weight, int64(part), parts)
@@ -112,7 +111,7 @@ def launch_parallel(
 @njit(cache=True)
 def same_objects(list_get, sequence, expected):
     """Whether the Python list at `sequence` holds exactly the objects at the addresses `expected`, by identity."""
-    for i in range(len(expected)):
+    for i in range(len(expected)):  # noqa: SIM110 (Numba compiles a loop, not a generator)
         if c_call_word(list_get, sequence, i) != expected[i]:
             return False
     return True

@@ -13,8 +13,9 @@ from schuss import formula
 from schuss.engine.numba import compute_dtype, real
 from schuss.engine.pieces import Pieces, apply
 from schuss.engine.reference import real_view
+from schuss.formula import Operand
 
-_FOREACH = {
+_FOREACH: dict[str, Callable[..., Any]] = {
     "add": torch._foreach_add,
     "sub": torch._foreach_sub,
     "mul": torch._foreach_mul,
@@ -23,7 +24,7 @@ _FOREACH = {
     "maximum": torch._foreach_maximum,
     "minimum": torch._foreach_minimum,
 }
-_UNARY = {
+_UNARY: dict[str, Callable[..., Any]] = {
     "neg": torch._foreach_neg,
     "sqrt": torch._foreach_sqrt,
     "absolute": torch._foreach_abs,
@@ -51,11 +52,24 @@ _ONE_BY_ONE: dict[str, Callable[..., Any]] = {
 }
 
 
-class Numbers:
+class Numbers(Operand):
     """One number per tensor: a scalar of the rule."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values = list(values)
+
+    def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
+        return _apply(word, args)
+
+
+class Stack(Operand):
+    """A list of tensors that a rule computes with as if it were one."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
+        return _apply(word, args)
 
 
 def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
@@ -92,35 +106,12 @@ def _where(condition: Any, yes: Any, no: Any) -> torch.Tensor:
     return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(other, chosen)
 
 
-def _operator(word: str) -> tuple[Any, Any]:
-    return (lambda self, other: _apply(word, (self, other))), (lambda self, other: _apply(word, (other, self)))
-
-
-class Stack:
-    """A list of tensors that a rule computes with as if it were one."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.tensors = list(tensors)
-
-
-for _class in (Stack, Numbers):
-    for _word, _name in {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "pow": "pow"}.items():
-        _forward, _backward = _operator(_word)
-        setattr(_class, f"__{_name}__", _forward)
-        setattr(_class, f"__r{_name}__", _backward)
-    for _word in ("lt", "le", "gt", "ge", "eq", "ne"):
-        setattr(_class, f"__{_word}__", _operator(_word)[0])
-    _class.__neg__ = lambda self: _apply("neg", (self,))  # type: ignore[attr-defined]
-    _class.__abs__ = lambda self: _apply("absolute", (self,))  # type: ignore[attr-defined]
-    _class.__formula__ = lambda self, word, args: _apply(word, args)  # type: ignore[attr-defined]
-
-
 def update(
     rule: Callable[..., Any],
     pieces: Pieces,
     params: Sequence[torch.Tensor],
     grads: Sequence[torch.Tensor],
-    states: Mapping[str, Sequence[torch.Tensor] | None],
+    states: Mapping[str, Sequence[Any] | None],
     scalars: Mapping[str, Sequence[float]],
     flags: Mapping[str, bool],
 ) -> None:

@@ -3,7 +3,8 @@
 Everything here is inlined into the kernels by Numba. Words are written so that LLVM turns them into vector
 instructions: a choice is a `select`, not a branch, and bfloat16 is widened and rounded in integer registers.
 """
-# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
+# mypy: ignore-errors
+# (Numba infers the types of what it compiles; mypy does not know its intrinsics.)
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -190,4 +191,3 @@ def c_call_word(typing_context, function, a, b):
 def c_call_status(typing_context, function, a, b):
     """A C function of two 64-bit arguments that returns an int32 status, called by its address."""
     return _c_call(types.int32, 2)
-

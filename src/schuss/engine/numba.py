@@ -1,10 +1,11 @@
 """The CPU back end: a formula becomes the text of a Numba kernel that updates a chunk of one tensor in one pass."""
 
 import hashlib
-import sys
+import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -43,7 +44,7 @@ def compute_dtype(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], dtypes: dict[str, torch.dtype]) -> str:
+def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], dtypes: Mapping[str, torch.dtype]) -> str:
     """The text of the kernel of a formula.
 
     Args:
@@ -64,7 +65,9 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], dtypes
         storage = STORAGE[dtypes[name]]
         arrays.append(f"{name}_ = carray(pointer(at[{role}] + start * {storage.itemsize}, {storage.array}), (count,))")
         loaded = storage.load.format(f"{name}_[i]")
-        loads.append(f"{name} = {value}({loaded})" if value == "float64" and storage.array != value else f"{name} = {loaded}")
+        loads.append(
+            f"{name} = {value}({loaded})" if value == "float64" and storage.array != value else f"{name} = {loaded}"
+        )
         if name in new and new[name] != name:
             result = f"float32({new[name]})" if value == "float64" and storage.array != value else new[name]
             stores.append(f"{name}_[i] = {storage.store.format(result)}")
@@ -77,12 +80,12 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], dtypes
     return (
         f'"""{title}\n\n'
         f"One pass over {table}; computed in {value}.\n"
-        f"context: addresses of the table of data pointers [tensor, {len(roles)}], of each tensor's row, and of the rows of\n"
-        f'scalars ({", ".join(scalars)}).\n"""\n\n'
+        f"context: addresses of the table of data pointers [tensor, {len(roles)}], of each tensor's row, and of the\n"
+        f'rows of scalars ({", ".join(scalars)}).\n"""\n\n'
         f"import numpy as np\n"
         f"from numba import carray, cfunc, float32, float64, int32, int64, uint16, void\n\n"
         f"from schuss.engine.native import *  # digest {_native_digest()}\n\n\n"
-        "@cfunc(void(int64, int64, int64, int64), cache=True, error_model=\"numpy\")\n"
+        '@cfunc(void(int64, int64, int64, int64), cache=True, error_model="numpy")\n'
         "def kernel(context, tensor, start, count):\n"
         "    tables = carray(pointer(context, int64), (3,))\n"
         f"    at = carray(pointer(tables[0] + tensor * {8 * len(roles)}, int64), ({len(roles)},))\n"
@@ -103,7 +106,7 @@ def _native_digest() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=None)
+@cache
 def driver() -> Any:
     """The compiled loops (`schuss.engine.driver`), loaded through the cache folder."""
     _choose_threading_layer()
@@ -117,7 +120,7 @@ def prepare() -> None:
     driver().read(np.zeros((0, 1), np.int64), np.zeros(1, np.bool_), np.zeros((0, 1)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def kernel_address(label: str, source: str) -> int:
     """The address of the compiled kernel of this text."""
     return int(code_cache.load(label, source).kernel.address)
@@ -138,10 +141,10 @@ def _choose_threading_layer() -> None:
 
     Numba's last resort, "workqueue", may not; `threads` then lets one launch in at a time.
     """
-    import numba
+    from numba import config
 
-    if numba.config.THREADING_LAYER == "default":
-        numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
+    if config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
+        config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
 
 _forked = False
@@ -153,9 +156,7 @@ def _after_fork() -> None:
     _forked = True
 
 
-if sys.platform != "win32":
-    import os
-
+if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
@@ -164,11 +165,16 @@ def parts(elements: int) -> int:
 
     OpenMP cannot be used in the child of a process that has used it; the serial loop gives the same bits.
     """
-    import numba
-
     if _forked:
         return 1
-    return max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, elements // 32768))
+    return max(1, min(torch.get_num_threads(), _most_threads(), elements // 32768))
+
+
+@cache
+def _most_threads() -> int:
+    from numba import config
+
+    return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def launch(count: int, *arguments: Any) -> None:
@@ -189,8 +195,7 @@ def launch(count: int, *arguments: Any) -> None:
 
 @cache
 def _layer_is_safe() -> bool:
-    import numba
     from numba.np.ufunc import parallel
 
-    parallel._launch_threads()
-    return bool(numba.threading_layer() != "workqueue")
+    parallel._launch_threads()  # type: ignore[no-untyped-call]
+    return bool(parallel.threading_layer() != "workqueue")  # type: ignore[no-untyped-call]

@@ -29,9 +29,7 @@ class Pieces:
     def scalars(self) -> tuple[str, ...]:
         """The names of the scalars that the pieces need."""
         return tuple(
-            name
-            for name, there in (("gain", self.gain), ("weight_decay", self.l2), ("decay", self.decay))
-            if there
+            name for name, there in (("gain", self.gain), ("weight_decay", self.l2), ("decay", self.decay)) if there
         )
 
 

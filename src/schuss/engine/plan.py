@@ -288,7 +288,7 @@ class Plan:
     def _run_eager(self, optimizer: "Optimizer", gain: float) -> None:
         """Update the tensors that are not for kernels, one by one or as lists."""
         rule = self._rule
-        lists: dict[Any, list[tuple[Entry, dict[str, Any]]]] = {}
+        lists: dict[Any, list[tuple[Entry, torch.Tensor, dict[str, Any]]]] = {}
         for e in self._eager:
             if (g := e.p.grad) is None:
                 continue
@@ -306,7 +306,7 @@ class Plan:
                 scalars = {n: _item(value) for n, value in rule.finish(hyper, before, gain).items()}
             if e.route.backend == "foreach":
                 key = (e.variant, self._dtypes(optimizer, e), e.p.device, pieces)
-                lists.setdefault(key, []).append((e, scalars))
+                lists.setdefault(key, []).append((e, g, scalars))
                 continue
             if g.layout != torch.strided and optimizer.sparse_form(group) == "dense":
                 g = g.to_dense()
@@ -318,15 +318,16 @@ class Plan:
                 )  # fmt: skip
             self._write_scalars(kept, scalars)
         for (variant, _, _, pieces), members in lists.items():
-            states = [self._states(optimizer, e) for e, _ in members]
+            entries, grads, scalars_of = zip(*members, strict=True)
+            states: list[dict[str, Any]] = [self._states(optimizer, e) for e in entries]
             with torch.no_grad():
                 foreach.update(
-                    rule.formula, pieces, [e.p for e, _ in members], [e.p.grad for e, _ in members],
+                    rule.formula, pieces, [e.p for e in entries], grads,
                     {n: [s[n] for s in states] if there else None for n, there in rule.letters(variant).items()},
-                    {n: [float(s[n]) for _, s in members] for n in self._scalar_names(pieces, variant)},
+                    {n: [float(s[n]) for s in scalars_of] for n in self._scalar_names(pieces, variant)},
                     rule.chosen(variant),
                 )  # fmt: skip
-            for e, scalars in members:
+            for e, scalars in zip(entries, scalars_of, strict=True):
                 self._write_scalars(_state_of(optimizer, e.p), scalars)
 
     def _scalar_names(self, pieces: Pieces, variant: Variant) -> tuple[str, ...]:
@@ -352,7 +353,9 @@ class Bucket:
         keys = (*names, *rule.scalar_states)
         self._tensors = [[kept[key] for key in keys] for kept in self._kept]
         # A tensor's storage is held, not only the tensor: an address in the table is never one of freed memory.
-        self._storages = [t.untyped_storage() for p, held in zip(self.params, self._tensors, strict=True) for t in (p, *held)]
+        self._storages = [
+            t.untyped_storage() for p, held in zip(self.params, self._tensors, strict=True) for t in (p, *held)
+        ]
         first_grad = next((p.grad for p in self.params if p.grad is not None), None)
         grad_dtype = self.params[0].dtype if first_grad is None else first_grad.dtype
         self._dtypes = {"p": self.params[0].dtype, "g": grad_dtype} | {
@@ -370,7 +373,9 @@ class Bucket:
             self._address[t, 2:] = [tensor.data_ptr() for tensor in held[:states]]
             self._scalar_address[t, : len(held) - states] = [tensor.data_ptr() for tensor in held[states:]]
         # All scalars of one name have one dtype in practice; float64 ones are told apart per name.
-        self._is_double = np.array([t.dtype == torch.float64 for t in self._tensors[0][states:]] + [True] * marked)
+        self._is_double = np.array(
+            [t.dtype == torch.float64 for t in self._tensors[0][states:]] + [True] * marked, np.bool_
+        )
         if marked:
             self._marks = np.array([float(id(p) in fresh) for p in self.params])
             self._scalar_address[:, -1] = self._marks.ctypes.data + 8 * np.arange(count)
@@ -388,9 +393,15 @@ class Bucket:
         self._gain = 1.0
         self._watch = watch(
             Watched(
-                self.params, self._kept, keys, self._tensors, self._address, self._scalar_address[:, : len(keys) - states],
-                self.active, grad_dtype,
-            )  # fmt: skip
+                self.params,
+                self._kept,
+                keys,
+                self._tensors,
+                self._address,
+                np.ascontiguousarray(self._scalar_address[:, : len(keys) - states]),
+                self.active,
+                grad_dtype,
+            )
         )
         self._sizes_changed = True
         self._grads: list[torch.Tensor | None] = []
@@ -512,7 +523,8 @@ def _any_tensor(values: Iterable[tuple[Any, ...]]) -> bool:
 
 def _state_of(optimizer: "Optimizer", p: torch.Tensor) -> dict[str, Any]:
     """`optimizer.state[p]`, without making one."""
-    return optimizer.state[p] if p in optimizer.state else {}
+    kept: dict[str, Any] = optimizer.state.get(p, {})
+    return kept
 
 
 def is_dense(tensor: torch.Tensor) -> bool:

@@ -50,9 +50,9 @@ def update(
         for name, value in scalars.items()
     }
     wide = {n: None if s is None else widen(s) for n, s in states.items()}
-    new = apply(rule, pieces, widen(p), widen(g), wide, others | dict(flags))
-    real_view(p).copy_(new.pop("p"))
-    for name, value in new.items():
+    updated = apply(rule, pieces, widen(p), widen(g), wide, others | dict(flags))
+    real_view(p).copy_(updated.pop("p"))
+    for name, value in updated.items():
         real_view(there[name]).copy_(value)
 
 

@@ -30,7 +30,9 @@ def render(owner: str, entries: "Sequence[Entry]", state_bytes: int, traffic_byt
             shape = "x".join(map(str, e.p.shape)) or "scalar"
             rows.append((e.name, shape, str(e.p.dtype).removeprefix("torch."), e.route.backend, e.route.reason))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     if len(fast) > _SHOWN:
         lines.append(f"  ... and {_count(len(fast) - _SHOWN, 'more tensor')} by {fast[0].route.backend}")
     return "\n".join(lines)

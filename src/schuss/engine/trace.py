@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from schuss.formula import Operand
+
 # How the operators of a graph read in Python source, with their precedence (higher binds tighter).
 INFIX = {
-    "or": (1, "or"),
     "lt": (3, "<"),
     "le": (3, "<="),
     "gt": (3, ">"),
@@ -24,82 +25,19 @@ NEGATION = 7
 ATOM = 9
 
 
-class Expr:
+class Expr(Operand):
     """A node of a traced formula: `op` applied to `args`, or a named input ("name"), or a number ("const").
 
     Nodes are interned in their `Graph`, so the same subexpression is the same object and is computed once.
     """
 
     __slots__ = ("args", "graph", "op", "value")
-    __array_priority__ = 1000  # a NumPy number on the left hands the operation to us
 
     def __init__(self, graph: "Graph", op: str, args: tuple["Expr", ...], value: Any = None) -> None:
         self.graph, self.op, self.args, self.value = graph, op, args, value
 
     def __formula__(self, word: str, args: tuple[Any, ...]) -> "Expr":
         return self.graph.node(word, *args)
-
-    def __add__(self, other: Any) -> "Expr":
-        return self.graph.node("add", self, other)
-
-    def __radd__(self, other: Any) -> "Expr":
-        return self.graph.node("add", other, self)
-
-    def __sub__(self, other: Any) -> "Expr":
-        return self.graph.node("sub", self, other)
-
-    def __rsub__(self, other: Any) -> "Expr":
-        return self.graph.node("sub", other, self)
-
-    def __mul__(self, other: Any) -> "Expr":
-        return self.graph.node("mul", self, other)
-
-    def __rmul__(self, other: Any) -> "Expr":
-        return self.graph.node("mul", other, self)
-
-    def __truediv__(self, other: Any) -> "Expr":
-        return self.graph.node("div", self, other)
-
-    def __rtruediv__(self, other: Any) -> "Expr":
-        return self.graph.node("div", other, self)
-
-    def __pow__(self, other: Any) -> "Expr":
-        return self.graph.node("pow", self, other)
-
-    def __rpow__(self, other: Any) -> "Expr":
-        return self.graph.node("pow", other, self)
-
-    def __neg__(self) -> "Expr":
-        return self.graph.node("neg", self)
-
-    def __abs__(self) -> "Expr":
-        return self.graph.node("absolute", self)
-
-    def __lt__(self, other: Any) -> "Expr":
-        return self.graph.node("lt", self, other)
-
-    def __le__(self, other: Any) -> "Expr":
-        return self.graph.node("le", self, other)
-
-    def __gt__(self, other: Any) -> "Expr":
-        return self.graph.node("gt", self, other)
-
-    def __ge__(self, other: Any) -> "Expr":
-        return self.graph.node("ge", self, other)
-
-    def __eq__(self, other: object) -> "Expr":  # type: ignore[override]
-        return self.graph.node("eq", self, other)
-
-    def __ne__(self, other: object) -> "Expr":  # type: ignore[override]
-        return self.graph.node("ne", self, other)
-
-    __hash__ = object.__hash__
-
-    def __bool__(self) -> bool:
-        raise TypeError("a rule cannot branch on values (`if`, `and`, `or`, `not` on an array): use where(...)")
-
-    def __iter__(self) -> Iterator["Expr"]:
-        raise TypeError("a rule sees one element at a time: it cannot unpack or iterate over an array")
 
 
 class Graph:

@@ -3,8 +3,8 @@
 A kernel works on addresses, so before each launch everything they rest on is compared with what is there: the
 gradients' presence and layout, that `optimizer.state` still holds the same tensors, that each tensor still has its
 memory. Asked through Python that is five questions a tensor of 50 ns each, which is all the time that a step of many
-small tensors has. So a compiled loop asks: Python's objects through its stable C API, and tensors through torch's stable
-C interface, the one that ahead-of-time compiled models call. Where that interface is not found, `Portable` asks the
+small tensors has. So a compiled loop asks: Python's objects through its stable C API, and tensors through the stable C
+interface that torch has for ahead-of-time compiled models. Where that interface is not found, `Portable` asks the
 same questions in Python.
 """
 
@@ -101,10 +101,25 @@ class Native:
         w, interface = self._watched, self._interface
         return int(
             self._loop(
-                interface.functions, self._scratch, self._scratch.ctypes.data, id(None), id(torch.Tensor), interface.handle_offset, id(grads),
-                self._params, self._objects, self._dicts, self._keys, w.address, w.scalar_address,
-                self._numel, self._layout, self._begin, self._traits, w.active,
-            )  # fmt: skip
+                interface.functions,
+                self._scratch,
+                self._scratch.ctypes.data,
+                id(None),
+                id(torch.Tensor),
+                interface.handle_offset,
+                id(grads),
+                self._params,
+                self._objects,
+                self._dicts,
+                self._keys,
+                w.address,
+                w.scalar_address,
+                self._numel,
+                self._layout,
+                self._begin,
+                self._traits,
+                w.active,
+            )
         )
 
 

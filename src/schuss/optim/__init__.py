@@ -2,17 +2,30 @@
 
 from torch.optim import (
     LBFGS as LBFGS,
+)
+from torch.optim import (
     Adafactor as Adafactor,
+)
+from torch.optim import (
     Muon as Muon,
+)
+from torch.optim import (
     Optimizer as Optimizer,
+)
+from torch.optim import (
     SparseAdam as SparseAdam,
+)
+from torch.optim import (
     lr_scheduler as lr_scheduler,
+)
+from torch.optim import (
     swa_utils as swa_utils,
 )
 
 from schuss.optim.adadelta import Adadelta as Adadelta
 from schuss.optim.adagrad import Adagrad as Adagrad
-from schuss.optim.adam import Adam as Adam, AdamW as AdamW
+from schuss.optim.adam import Adam as Adam
+from schuss.optim.adam import AdamW as AdamW
 from schuss.optim.adamax import Adamax as Adamax
 from schuss.optim.adopt import ADOPT as ADOPT
 from schuss.optim.asgd import ASGD as ASGD

@@ -1,6 +1,7 @@
 """Adagrad."""
 
-from typing import Literal, Unpack
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
 
 from torch.optim.optimizer import ParamsT
 
@@ -74,7 +75,7 @@ class Adagrad(Optimizer):
             kept["sum"].share_memory_()
 
     @classmethod
-    def sparse_form(cls, group) -> Literal["rows", "dense"]:
+    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense"]:
         return "rows"
 
     @staticmethod

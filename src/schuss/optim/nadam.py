@@ -15,7 +15,8 @@ class NAdam(Optimizer):
         \mu_t &= \beta_1 (1 - \tfrac12\, 0.96^{t \psi}), \qquad
         m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
         p &\leftarrow p - \frac{\gamma}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
-            \left(\frac{\mu_{t+1} m}{1 - \prod_{i \le t+1} \mu_i} + \frac{(1 - \mu_t) g}{1 - \prod_{i \le t} \mu_i}\right)
+            \left(\frac{\mu_{t+1} m}{1 - \prod_{i \le t+1} \mu_i}
+            + \frac{(1 - \mu_t) g}{1 - \prod_{i \le t} \mu_i}\right)
 
     Args:
         params: tensors, (name, tensor) pairs, or groups as dicts.

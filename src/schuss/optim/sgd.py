@@ -1,6 +1,7 @@
 """Stochastic gradient descent."""
 
-from typing import Literal, Unpack
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
 
 from torch.optim.optimizer import ParamsT
 
@@ -68,7 +69,7 @@ class SGD(Optimizer):
         super().__init__(params, defaults, **options)
 
     @classmethod
-    def check_group(cls, group):
+    def check_group(cls, group: Mapping[str, Any]) -> None:
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"{cls.__name__}: Nesterov momentum requires a momentum and zero dampening, got "
@@ -76,7 +77,7 @@ class SGD(Optimizer):
             )
 
     @classmethod
-    def sparse_form(cls, group) -> Literal["rows", "dense"]:
+    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense"]:
         return "dense" if group["momentum"] else "rows"  # a buffer moves the rows without a gradient, too
 
     @staticmethod
