@@ -12,9 +12,8 @@ import torch
 
 from schuss import optim
 from schuss.bounds import nearest
+from schuss.engine.bucket import kernel_of
 from schuss.engine.numba import STORAGE, real
-from schuss.engine.pieces import trace
-from schuss.engine.plan import kernel_of
 from schuss.engine.trace import Expr, Graph, parameters
 from schuss.optimizer import Optimizer
 from schuss.rule import Rule
@@ -131,7 +130,7 @@ def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sy
     variant = rule.variant(group)
     pieces = rule.pieces(rule.unpack(rule.numbers(group)))
     scalars = _scalars(rule, group)
-    formula, names = trace(rule.formula, pieces, rule.letters(variant), rule.chosen(variant))
+    formula, names = rule.trace(variant, pieces)
     written = {str(name): _previous(str(name)) for name in formula.inputs} | {"g": sympy.Symbol("g_t")}
     longer = []
     for name in names:

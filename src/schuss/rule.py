@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from schuss.bounds import number
-from schuss.engine.pieces import Pieces
-from schuss.engine.trace import parameters
+from schuss.engine.pieces import Pieces, trace
+from schuss.engine.trace import Formula, parameters
 
 ENGINE_KEYS = ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keys of a parameter group that speak to the engine, not to the rule."""
@@ -73,6 +73,7 @@ class Rule:
         self.states, self.has_step, self.decay = states, has_step, decay
         step: dict[str, float | str] = {"step": 0.0} if has_step else {}
         self.scalar_states = step | dict(scalar_states)
+        self._traced: dict[tuple[Variant, Pieces], tuple[Formula, tuple[str, ...]]] = {}
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
             raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")
@@ -125,6 +126,12 @@ class Rule:
     def is_decoupled(self, group: Mapping[str, Any]) -> bool:
         """Whether weight decay multiplies the parameter instead of joining the gradient."""
         return bool(group.get("decoupled_weight_decay", self.decay == "decoupled"))
+
+    def trace(self, variant: Variant, pieces: Pieces) -> tuple[Formula, tuple[str, ...]]:
+        """The formula of a form of the rule with its pieces, and the scalars that it reads, in order."""
+        if (variant, pieces) not in self._traced:
+            self._traced[variant, pieces] = trace(self.formula, pieces, self.letters(variant), self.chosen(variant))
+        return self._traced[variant, pieces]
 
     def chooses(self, key: str) -> bool:
         """Whether the truth of a hyperparameter chooses the form of the rule or the back end."""
