@@ -67,6 +67,8 @@ class Bucket:
         self._rows: Array | None = None
         self._table = np.zeros((0, 0))
         self._context = np.zeros(3, np.int64)
+        self._context_address = self._context.ctypes.data
+        self._per_tensor = (self._scalar_address, self._is_double, self.active, self._row_of)
         self._kernel: tuple[Pieces, int, tuple[str, ...]] | None = None
         self._lazy = [t for t, p in enumerate(self.params) if p.is_complex() or p.numel() == 1]
         self.hyper_changed = True
@@ -98,23 +100,24 @@ class Bucket:
             self._sizes_changed = True
         return result
 
-    def run(self, hyper: Array, gain: float) -> None:
-        """Update the bucket's tensors that have a gradient."""
+    def prepare(self, hyper: Array, gain: float) -> None:
+        """Compute what a launch needs, and compile its kernel if there is none; nothing is updated yet."""
         if self._sizes_changed:
             self._plan_sizes()
         if not self._parts:
             return
-        arguments = (self._scalar_address, self._is_double, self.active, self._row_of)
-        loops = self._loops
-        if self._rows is None or not loops.gather(*arguments, self._seen, self._rows):
+        if self._rows is None or not self._loops.gather(*self._per_tensor, self._seen, self._rows):
             self._find_rows()
-        if len(self._scalar_names) or self.hyper_changed or gain != self._gain:
+        if self._scalar_names or self.hyper_changed or gain != self._gain:
             self._finish(hyper, gain)
-        assert self._kernel is not None
-        increment_version(self._updated)
-        numba.launch(
-            self._parts, self._kernel[1], self._context.ctypes.data, self._size, self._weight, *arguments, self._new
-        )
+
+    def launch(self) -> None:
+        """Update the bucket's tensors that have a gradient, as prepared."""
+        if self._parts:
+            assert self._kernel is not None
+            increment_version(self._updated)
+            address, context = self._kernel[1], self._context_address
+            numba.launch(self._parts, address, context, self._size, self._weight, *self._per_tensor, self._new)
         self._grads = []
 
     def _plan_sizes(self) -> None:

@@ -71,12 +71,15 @@ class Plan:
         self._only_looked_at = not make_state
         self._idle: list[torch.Tensor] = []
         self._eager: list[Entry] = []
-        fresh = set()
+        fresh: set[int] = set()
+        self._made: list[tuple[torch.Tensor, set[str]]] = []  # state that a step which never ran would leave behind
         members: dict[Any, list[Entry]] = {}
         for e in self.entries:
             has_state = self._has_state(optimizer, e)
             if make_state and e.p.grad is not None and not has_state:
+                before = set(state_of(optimizer, e.p))
                 optimizer._make_state(e.p, groups[e.group])
+                self._made.append((e.p, set(state_of(optimizer, e.p)) - before))
                 fresh.add(id(e.p))
                 has_state = True
             if not has_state:
@@ -177,16 +180,33 @@ class Plan:
 
     def run(self, optimizer: "Optimizer", gain: float) -> bool:
         """One step; `gain` multiplies every gradient. False, with nothing done, if the plan must be made anew."""
-        for bucket in self._buckets:
-            if bucket.compare(list(map(_grad, bucket.params))) == CHANGED:
+        try:
+            for bucket in self._buckets:
+                if bucket.compare(list(map(_grad, bucket.params))) == CHANGED:
+                    return False
+            if any(p.grad is not None for p in self._idle) or not self._eager_routes_hold(optimizer):
                 return False
-        if any(p.grad is not None for p in self._idle) or not self._eager_routes_hold(optimizer):
-            return False
+            for bucket in self._buckets:
+                bucket.prepare(self._hyper, gain)
+        except BaseException:
+            self._unmake(optimizer)
+            raise
+        self._made.clear()
         for bucket in self._buckets:
-            bucket.run(self._hyper, gain)
+            bucket.launch()
         if self._eager:
             self._run_eager(optimizer, gain)
         return True
+
+    def _unmake(self, optimizer: "Optimizer") -> None:
+        """Take back the state that this plan added: a first step that fails leaves everything as it was."""
+        for p, names in self._made:
+            kept = optimizer.state[p]
+            for name in names:
+                del kept[name]
+            if not kept:
+                del optimizer.state[p]
+        self._made.clear()
 
     def _eager_routes_hold(self, optimizer: "Optimizer") -> bool:
         groups = optimizer.param_groups
