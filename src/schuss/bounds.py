@@ -76,7 +76,7 @@ def check(owner: str, name: str, value: Any, bound: str | tuple[str, ...]) -> No
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that helps with an unknown name: the nearest known one, or all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1, 0.6) or [n for n in names if n.lower() == name.lower()][:1]
-    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(names)}"
+    """Help with an unknown name: the nearest known one, whatever its case, or all of them."""
+    lowercase = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), lowercase, 1)
+    return f"did you mean {lowercase[close[0]]!r}?" if close else f"choose from {', '.join(lowercase.values())}"

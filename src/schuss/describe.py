@@ -73,7 +73,7 @@ def find(name: str) -> type[Optimizer]:
         return cls
     known = {cls.__name__: cls for cls in optim.RULES}
     if name not in known:
-        raise ValueError(f"unknown optimizer {name!r}; {nearest(name, known)}")
+        raise ValueError(f"unknown optimizer {name!r}: {nearest(name, known)}")
     return known[name]
 
 
@@ -104,7 +104,7 @@ def show(
     if backend == "numba":
         kinds = {str(d).removeprefix("torch."): d for d in (*STORAGE, torch.complex64, torch.complex128)}
         if dtype not in kinds:
-            raise ValueError(f"no kernel for dtype {dtype!r}; {nearest(dtype, kinds)}")
+            raise ValueError(f"no kernel for dtype {dtype!r}: {nearest(dtype, kinds)}")
         return kernel(cls, settings, kinds[dtype]).rstrip()
     if backend == "reference":
         parts = (

@@ -16,7 +16,7 @@ CHUNK = 16384  # elements of a tensor that one kernel call updates: p, g and two
 OVERHEAD = 512  # what starting a tensor costs, in elements, so that threads get equal work from small tensors too
 
 
-@inner
+@njit(cache=True, nogil=True)
 def locate(weight, size, target):
     """The first (tensor, chunk) at or after the position `target` of the weight prefix sums."""
     low, high = 0, len(size)
@@ -34,7 +34,7 @@ def locate(weight, size, target):
     return low, chunk
 
 
-@inner
+@njit(cache=True, nogil=True)
 def walk(kernel, context, size, weight, part, parts):
     """Call the kernel on every chunk of one of `parts` equal shares."""
     total = weight[-1]

@@ -1,6 +1,5 @@
 """From a name such as `AdamW` or `torch:AdamW` to an optimizer and the learning rates to try it at."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from schuss.bounds import nearest
 
 DEFAULT_NAMES = ("torch:AdamW", "SGD", "Adam", "AdamW", "RAdam", "NAdam", "ADOPT", "Lion")
 
@@ -66,10 +67,7 @@ def candidates(names: Sequence[str], lrs: Sequence[float] | None = None) -> list
 
 def _candidate(name: str, known: Mapping[str, type], lrs: Sequence[float] | None) -> Candidate:
     if name not in known:
-        lowercase = {other.lower(): other for other in known}
-        nearest = difflib.get_close_matches(name.lower(), lowercase, n=1)
-        help = f"did you mean {lowercase[nearest[0]]!r}?" if nearest else f"choose from {', '.join(known)}"
-        raise ValueError(f"unknown optimizer {name!r}: {help}")
+        raise ValueError(f"unknown optimizer {name!r}: {nearest(name, known)}")
     cls, base = known[name], name.removeprefix("torch:")
     grid = tuple(sorted(set(lrs))) if lrs else GRIDS.get(base) or _around_default(cls)
     return Candidate(name, cls, grid, ARGUMENTS.get(base, {}))

@@ -1,0 +1,44 @@
+# Every target works on a fresh machine: the environment is made from requirements.lock when it is missing or stale.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check format bench lock clean
+
+demo: .venv/stamp ## compare eight optimizers; the report is out/compare.html
+	$(BIN)/schuss compare --out out
+
+test: .venv/stamp
+	$(BIN)/pytest -n auto
+
+check: .venv/stamp
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: .venv/stamp
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: .venv/stamp
+	$(BIN)/python benchmarks/cpu.py
+
+# Keeps every pinned version that pyproject.toml still allows; `make lock UPGRADE=1` takes the newest of everything.
+# Left out is what torch pins itself for its CUDA build, so that the lock also fits a build of torch without CUDA.
+lock:
+	rm -rf .venv-lock
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet $(if $(UPGRADE),,--constraint requirements.lock) --editable '.[lab,dev]'
+	{ echo '# Written by `make lock` for `pip install -r`; the packages of .[lab,dev] and all that they need.'; \
+	  .venv-lock/bin/pip freeze --all --exclude pip --exclude-editable \
+	  | sed -E -e '/^(nvidia|cuda|triton)\b/d' -e 's/^(torch==[^+]*)\+.*/\1/'; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/stamp: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
