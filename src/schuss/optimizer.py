@@ -78,7 +78,7 @@ class Optimizer(torch.optim.Optimizer):
         known = (*_own_arguments(type(self)), *Options.__annotations__)
         for name in options:
             if name not in Options.__annotations__:
-                raise TypeError(f"{type(self).__name__}: unknown argument {name!r}: {bounds.nearest(name, known)}")
+                raise TypeError(f"{type(self).__name__}: unknown argument {name!r}; {bounds.nearest(name, known)}")
         backend = options.get("backend", "auto")
         if backend not in BACKENDS:
             raise ValueError(f"{type(self).__name__}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
