@@ -64,14 +64,15 @@ class Bucket:
         self._numel = np.array([p.numel() * (2 if p.is_complex() else 1) for p in self.params], np.int64)
         self._groups = np.array([e.group for e in entries], np.int64)
         self._row_of = np.zeros(count, np.int32)
-        self._rows: Array | None = None
+        self._rows = np.zeros((0, 0))
+        self._finished = np.zeros((0, 0))  # the rows that the table of scalars was computed from
         self._table = np.zeros((0, 0))
         self._context = np.zeros(3, np.int64)
         self._context_address = self._context.ctypes.data
         self._per_tensor = (self._scalar_address, self._is_double, self.active, self._row_of)
         self._kernel: tuple[Pieces, int, tuple[str, ...]] | None = None
         self._lazy = [t for t, p in enumerate(self.params) if p.is_complex() or p.numel() == 1]
-        self.hyper_changed = True
+        self.hyper_changed = self.pieces_changed = True
         self._gain = 1.0
         self._watch = watch(
             Watched(
@@ -106,9 +107,9 @@ class Bucket:
             self._plan_sizes()
         if not self._parts:
             return
-        if self._rows is None or not self._loops.gather(*self._per_tensor, self._seen, self._rows):
+        if not len(self._rows) or not self._loops.gather(*self._per_tensor, self._seen, self._rows):
             self._find_rows()
-        if self._scalar_names or self.hyper_changed or gain != self._gain:
+        if self.hyper_changed or gain != self._gain or not np.array_equal(self._rows, self._finished):
             self._finish(hyper, gain)
 
     def launch(self) -> None:
@@ -145,10 +146,9 @@ class Bucket:
     def _finish(self, hyper: Array, gain: float) -> None:
         """Compute the table of scalars and the new per-tensor scalars, in float64."""
         rule, rows = self._rule, self._rows
-        assert rows is not None
         if self.hyper_changed:
             self._columns = rule.unpack(hyper[self._row_group].T)
-        if self.hyper_changed or gain != self._gain:
+        if self.pieces_changed or gain != self._gain:
             pieces = rule.pieces(self._columns, gain)
             if self._kernel is None or self._kernel[0] != pieces:
                 self._kernel = (pieces, *self._compile(pieces))
@@ -167,7 +167,8 @@ class Bucket:
                 self._table[:, k] = scalars[name]
         for k, name in enumerate(self._scalar_names):
             self._new[:, k] = 0.0 if name == "first" else scalars[name]
-        self.hyper_changed, self._gain = False, gain
+        self._finished = rows.copy()
+        self.hyper_changed, self.pieces_changed, self._gain = False, False, gain
 
     def _compile(self, pieces: Pieces) -> tuple[int, tuple[str, ...]]:
         source, scalars = kernel_of(self._title, self._rule, self._variant, pieces, self._dtypes)

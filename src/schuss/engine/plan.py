@@ -173,9 +173,10 @@ class Plan:
                 return False
             if (column := rule.columns.get(key)) is not None:
                 self._hyper[:, column] = [rule.numbers_of(key, value) for value in new]
+                for bucket in self._buckets:
+                    bucket.hyper_changed = True
+                    bucket.pieces_changed |= key == "weight_decay"
         self._values, self._live = values, live
-        for bucket in self._buckets:
-            bucket.hyper_changed = True
         return True
 
     def run(self, optimizer: "Optimizer", gain: float) -> bool:
