@@ -206,6 +206,7 @@ _SYMPY = {
     "ge": sympy.Ge,
     "eq": sympy.Eq,
     "ne": sympy.Ne,
+    "lerp": lambda a, b, weight: a + weight * (b - a),
     "logical_and": sympy.And,
     "sqrt": sympy.sqrt,
     "absolute": sympy.Abs,

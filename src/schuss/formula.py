@@ -114,6 +114,15 @@ def _of_two(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return chosen
 
 
+def _choice(condition: torch.Tensor, yes: Any, no: Any) -> torch.Tensor:
+    """`torch.where`, which would round two Python numbers to torch's default dtype."""
+    if not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor):
+        yes = torch.tensor(yes, dtype=torch.float64, device=torch.as_tensor(condition).device)
+    return torch.where(torch.as_tensor(condition), yes, no)
+
+
+_choice.__name__ = "where"
+
 sqrt = _word(torch.sqrt, np.sqrt)
 sqrt.__doc__ = "The square root."
 absolute = _word(torch.absolute, np.abs)
@@ -124,15 +133,12 @@ maximum = _word(_of_two(torch.maximum), np.maximum)
 maximum.__doc__ = "The larger of two; NaN if either is NaN."
 minimum = _word(_of_two(torch.minimum), np.minimum)
 minimum.__doc__ = "The smaller of two; NaN if either is NaN."
-where = _word(torch.where, np.where)
+where = _word(_choice, np.where)
 where.__doc__ = "`where(condition, yes, no)`: elementwise choice. What is not chosen has no influence, NaN included."
+lerp = _word(torch.lerp, lambda a, b, weight: np.where(weight < 0.5, a + weight * (b - a), b - (b - a) * (1 - weight)))
+lerp.__doc__ = "`lerp(a, b, weight)`: a moved towards b, a + weight (b - a); from b's side where weight is 0.5 or more."
 logical_and = _word(torch.logical_and, np.logical_and)
 logical_and.__doc__ = "Both conditions hold."
-
-
-def lerp(a: Any, b: Any, weight: Any) -> Any:
-    """`a` moved towards `b` by `weight`: a + weight (b - a)."""
-    return a + weight * (b - a)
 
 
 def clamp(x: Any, low: Any, high: Any) -> Any:

@@ -198,8 +198,9 @@ class Optimizer(torch.optim.Optimizer):
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
         for kept in self.state.values():
-            if "step" in kept and not isinstance(kept["step"], torch.Tensor):
-                kept["step"] = torch.tensor(float(kept["step"]), dtype=_scalar_dtype())
+            for name in self._rule.scalar_states:  # old checkpoints hold Python numbers
+                if isinstance(kept.get(name), (int, float)):
+                    kept[name] = torch.tensor(float(kept[name]), dtype=_scalar_dtype())
 
     # --- what the engine needs --------------------------------------------------------------------------------------
 

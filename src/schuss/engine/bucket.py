@@ -1,6 +1,6 @@
 """A launch of the CPU back end: its tables of addresses and scalars, kept from step to step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch.autograd.graph import increment_version
 from schuss.engine import numba
 from schuss.engine.pieces import Pieces
 from schuss.engine.route import state_of
-from schuss.engine.watch import Watched, watch
+from schuss.engine.watch import INSIDE, OTHERS, Watched, watch
 from schuss.rule import Rule, Variant
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ class Bucket:
         self._context_address = self._context.ctypes.data
         self._per_tensor = (self._scalar_address, self._is_double, self.active, self._row_of)
         self._kernel: tuple[Pieces, int, tuple[str, ...]] | None = None
+        # Gradients that can be lazy though they are dense: autograd hands on views of complex tensors as they are.
         self._lazy = [t for t, p in enumerate(self.params) if p.is_complex() or p.numel() == 1]
         self.hyper_changed = self.pieces_changed = True
         self._gain = 1.0
@@ -91,13 +92,12 @@ class Bucket:
 
     def compare(self, grads: list[torch.Tensor | None]) -> int:
         """Compare the table with what is there, and take over the gradients' addresses."""
-        for t in self._lazy:
-            g = grads[t]
-            if g is not None and g.layout == torch.strided and (g.is_conj() or g.is_neg()):
-                grads[t] = g.resolve_conj().resolve_neg()
+        _resolve(grads, self._lazy)
         result = self._watch(grads)
+        if result > 0 and result & INSIDE and _resolve(grads, range(len(grads))):
+            result = self._watch(grads) | (result & OTHERS)
         self._grads = grads  # the addresses must outlive the launch
-        if result == 1:
+        if result > 0 and result & OTHERS:
             self._sizes_changed = True
         return result
 
@@ -173,6 +173,16 @@ class Bucket:
     def _compile(self, pieces: Pieces) -> tuple[int, tuple[str, ...]]:
         source, scalars = kernel_of(self._title, self._rule, self._variant, pieces, self._dtypes)
         return numba.kernel_address(self._rule.owner.lower(), source), scalars
+
+
+def _resolve(grads: list[torch.Tensor | None], which: Iterable[int]) -> bool:
+    """Write out lazily conjugated and negated gradients: their memory does not hold their values."""
+    found = False
+    for t in which:
+        g = grads[t]
+        if g is not None and g.layout == torch.strided and (g.is_conj() or g.is_neg()):
+            grads[t], found = g.resolve_conj().resolve_neg(), True
+    return found
 
 
 def kernel_of(

@@ -144,12 +144,13 @@ def unchanged(
 ):  # fmt: skip
     """Compare everything a table of addresses rests on with what is there now, and put in the gradients' addresses.
 
-    Returns -1 if something else than the gradients' addresses and presence has changed (the plan must be made anew),
-    1 if other tensors than last time have a gradient, else 0.
+    Returns -1 if something else than the gradients' addresses and presence has changed (the plan must be made anew);
+    else 1 if other tensors than last time have a gradient, plus 2 if a gradient lies inside a larger storage.
 
     Args:
         api: addresses of C functions: PyList_GetItem, PyDict_GetItem, then torch's stable C interface: data_ptr,
-            layout, dim, sizes, strides, dtype, device type, numel, is_contiguous.
+            layout, dim, sizes, strides, dtype, device type, numel, is_contiguous,
+            storage offset.
         scratch, out: room for one result of a C function, and its address.
         none, tensor_type: addresses of None and of torch.Tensor.
         handle_offset: where a Python tensor keeps its C++ handle.
@@ -166,9 +167,11 @@ def unchanged(
     states = address.shape[1] - 2
     pattern = 0
     for t in range(address.shape[0]):
-        # A parameter of another shape at the same address shows in its gradient, which torch keeps of its shape.
-        c_call_status(api[2], params[t] + handle_offset, out)
+        handle = params[t] + handle_offset
+        c_call_status(api[2], handle, out)
         if scratch[0] != address[t, 0]:
+            return -1
+        if not _same_layout(api, handle, layout, layout_begin[t], layout_begin[t + 1], scratch, out):
             return -1
         for k in range(len(keys)):
             item = objects[t, k]
@@ -181,7 +184,7 @@ def unchanged(
         if grad == none:
             if active[t]:
                 active[t] = False
-                pattern = 1
+                pattern |= 1
             continue
         if load(grad + 8, int64) != tensor_type:
             return -1
@@ -191,7 +194,7 @@ def unchanged(
             c_call_status(api[3] if trait == 0 else api[6 + trait], handle, out)
             if scratch[0] != traits[trait]:
                 return -1
-        if numel[t] >= 0:
+        if numel[t] >= 0:  # torch keeps a gradient of its parameter's shape, which was just compared
             c_call_status(api[9], handle, out)
             if scratch[0] != numel[t]:
                 return -1
@@ -201,9 +204,12 @@ def unchanged(
                 return -1
         elif not _same_layout(api, handle, layout, layout_begin[t], layout_begin[t + 1], scratch, out):
             return -1
+        c_call_status(api[11], handle, out)
+        if scratch[0] != 0:
+            pattern |= 2
         c_call_status(api[2], handle, out)
         address[t, 1] = scratch[0]
         if not active[t]:
             active[t] = True
-            pattern = 1
+            pattern |= 1
     return pattern

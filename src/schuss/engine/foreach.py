@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from schuss import formula
@@ -49,6 +50,7 @@ _ONE_BY_ONE: dict[str, Callable[..., Any]] = {
     "sign": formula.sign,
     "maximum": formula.maximum,
     "minimum": formula.minimum,
+    "lerp": formula.lerp,
 }
 
 
@@ -56,7 +58,7 @@ class Numbers(Operand):
     """One number per tensor: a scalar of the rule."""
 
     def __init__(self, values: Sequence[float]) -> None:
-        self.values = list(values)
+        self.values = [np.float64(value) for value in values]  # divides by zero, as an array does
 
     def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
         return _apply(word, args)
@@ -81,7 +83,7 @@ def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
         other = args[1]
         if isinstance(other, Stack):
             return Stack(_FOREACH[word](stacks[0].tensors, other.tensors))
-        return Stack(_FOREACH[word](stacks[0].tensors, other.values if isinstance(other, Numbers) else other))
+        return Stack(_FOREACH[word](stacks[0].tensors, _floats(other)))
     if word in ("add", "mul", "maximum", "minimum") and stacks:
         return _apply(word, (args[1], args[0]))
 
@@ -93,17 +95,21 @@ def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
         if not stacks:
             return Numbers([yes if condition else no for condition, yes, no in rows])
         return Stack([_where(*row) for row in rows])
-    results = [_ONE_BY_ONE[word](*row) for row in rows]
+    with np.errstate(all="ignore"):
+        results = [_ONE_BY_ONE[word](*row) for row in rows]
     return Stack(results) if stacks else Numbers(results)
+
+
+def _floats(other: Any) -> Any:
+    return list(map(float, other.values)) if isinstance(other, Numbers) else other
 
 
 def _where(condition: Any, yes: Any, no: Any) -> torch.Tensor:
     if isinstance(condition, torch.Tensor):
-        if not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor):
-            yes = torch.tensor(yes, dtype=torch.float64)  # torch would round two Python numbers to its default dtype
-        return torch.where(condition, yes, no)
-    chosen, other = (yes, no) if condition else (no, yes)
-    return chosen if isinstance(chosen, torch.Tensor) else torch.full_like(other, chosen)
+        chosen: torch.Tensor = formula.where(condition, yes, no)
+        return chosen
+    this, other = (yes, no) if condition else (no, yes)
+    return this if isinstance(this, torch.Tensor) else torch.full_like(other, this)
 
 
 def update(
@@ -131,4 +137,8 @@ def update(
         {n: Numbers(v) for n, v in scalars.items()} | dict(flags),
     )
     for name, old in {"p": params, **there}.items():
-        torch._foreach_copy_([real_view(t) for t in old], new[name].tensors)
+        result = new[name]
+        if not isinstance(result, Stack):  # the same number for all elements
+            values = result.values if isinstance(result, Numbers) else [result] * len(old)
+            result = Stack([torch.full_like(real_view(t), float(v)) for t, v in zip(old, values, strict=True)])
+        torch._foreach_copy_([real_view(t) for t in old], result.tensors)

@@ -137,6 +137,12 @@ def sign(x):
 
 
 @inline
+def lerp(a, b, weight):
+    one, half = type(weight)(1), type(weight)(0.5)
+    return where(weight < half, a + weight * (b - a), b - (b - a) * (one - weight))
+
+
+@inline
 def maximum(a, b):
     return where((a > b) | (a != a), a, b)
 

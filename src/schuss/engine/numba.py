@@ -1,7 +1,10 @@
 """The CPU back end: a formula becomes the text of a Numba kernel that updates a chunk of one tensor in one pass."""
 
+import builtins
 import hashlib
+import math
 import os
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -54,22 +57,25 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], dtypes
         dtypes: the dtype of each input of the formula.
     """
     value = str(compute_dtype(tuple(dtypes.values()))).removeprefix("torch.")
-    lines, new = to_source(
-        formula,
-        word=lambda name, args: f"{name}({', '.join(args)})",
-        constant=lambda number: f"{value}({number!r})".replace("(inf)", "(np.inf)"),
-    )
     roles = list(formula.inputs)
+    names = _safe_names([*roles, *scalars])
+
+    def constant(number: float) -> str:
+        return f"{value}({number!r})" if math.isfinite(number) else f"{value}(float('{number}'))"
+
+    def word(name: str, args: list[str]) -> str:
+        return f"{name}({', '.join(args)})"
+
+    lines, new = to_source(formula, word, constant, names)
     loads, stores, arrays = [], [], []
-    for role, name in enumerate(roles):
-        storage = STORAGE[dtypes[name]]
+    for role, letter in enumerate(roles):
+        name, storage = names[letter], STORAGE[dtypes[letter]]
         arrays.append(f"{name}_ = carray(pointer(at[{role}] + start * {storage.itemsize}, {storage.array}), (count,))")
         loaded = storage.load.format(f"{name}_[i]")
-        loads.append(
-            f"{name} = {value}({loaded})" if value == "float64" and storage.array != value else f"{name} = {loaded}"
-        )
-        if name in new and new[name] != name:
-            result = f"float32({new[name]})" if value == "float64" and storage.array != value else new[name]
+        converts = value == "float64" and storage.array != value
+        loads.append(f"{name} = {value}({loaded})" if converts else f"{name} = {loaded}")
+        if letter in new and new[letter] != name:
+            result = f"float32({new[letter]})" if converts else new[letter]
             stores.append(f"{name}_[i] = {storage.store.format(result)}")
     width = {"float32": 4, "float64": 8}[value]
     table = ", ".join(f"{name}: {str(dtypes[name]).removeprefix('torch.')}" for name in roles)
@@ -91,13 +97,31 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], dtypes
         f"    at = carray(pointer(tables[0] + tensor * {8 * len(roles)}, int64), ({len(roles)},))\n"
         "    row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])\n"
         f"    scalar = carray(pointer(tables[2] + row * {width * len(scalars)}, {value}), ({len(scalars)},))\n"
-        + block([f"{name} = scalar[{i}]" for i, name in enumerate(scalars)], 4)
+        + block([f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars)], 4)
         + block(arrays, 4)
         + "    for i in range(count):\n"
         + block(loads, 8)
         + block(lines, 8)
         + block(stores, 8)
     )
+
+
+_TEMPLATE_NAMES = {"kernel", "context", "tensor", "start", "count", "tables", "at", "row", "scalar", "i"}
+
+
+def _safe_names(names: list[str]) -> dict[str, str]:
+    """What the letters and scalars of a rule are called in a kernel: themselves, unless the kernel has the name."""
+    from schuss.engine import native
+
+    taken = _TEMPLATE_NAMES | set(dir(native)) | set(dir(builtins)) | {"cfunc", "carray", "void", "int32", "int64"}
+    taken |= {"np", "float32", "float64", "uint16"}
+    safe: dict[str, str] = {}
+    for name in names:
+        new = name
+        while new in taken or new in safe.values() or re.fullmatch(r"t\d+|.*_|.*_new", new):
+            new = f"v_{new}_0"
+        safe[name] = new
+    return safe
 
 
 @cache

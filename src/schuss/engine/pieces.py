@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from schuss.engine.trace import Formula, Graph, parameters
+from schuss.engine.trace import Expr, Formula, Graph, parameters
 from schuss.formula import where
 
 
@@ -88,4 +88,5 @@ def trace(
     symbols = {n: graph.name(n) for n in scalars}
     present = {n: graph.name(n) if there else None for n, there in states.items()}
     new = apply(rule, pieces, graph.name("p"), graph.name("g"), present, symbols | dict(flags))
-    return Formula(("p", "g", *(n for n, there in states.items() if there)), new), scalars
+    outputs = {n: value if isinstance(value, Expr) else graph.constant(value) for n, value in new.items()}
+    return Formula(("p", "g", *(n for n, there in states.items() if there)), outputs), scalars

@@ -65,7 +65,8 @@ class Plan:
         for e in self.entries:
             kept = state_of(optimizer, e.p)
             e.state_bytes = sum(
-                e.p.numel() * kept.get(state.name, e.p).element_size() for state in rule.present(e.variant)
+                e.p.numel() * (e.p if kept.get(state.name) is None else kept[state.name]).element_size()
+                for state in rule.present(e.variant)
             )
 
         self._only_looked_at = not make_state
@@ -89,7 +90,8 @@ class Plan:
             elif make_state:
                 kept = state_of(optimizer, e.p)
                 scalar_dtypes = tuple(kept[name].dtype for name in rule.scalar_states)
-                members.setdefault((e.variant, self._dtypes(optimizer, e), scalar_dtypes), []).append(e)
+                key = (e.variant, e.p.is_complex(), self._dtypes(optimizer, e), scalar_dtypes)
+                members.setdefault(key, []).append(e)
         self._first = {id(e.p) for e in self._eager} & fresh
         self._state = optimizer.state
         self._same_state_keys = Same(optimizer.state)
@@ -237,6 +239,7 @@ class Plan:
                 hyper = rule.unpack(self._hyper[[e.group]].T)  # arrays of one: NumPy's numbers round powers differently
                 pieces = rule.pieces(hyper, gain)
                 if differentiable:  # tensors among the hyperparameters keep their graph
+                    hyper = rule.unpack(self._hyper[e.group].tolist())
                     hyper |= {key: group[key] for key in rule.numeric if group[key] is not None}
                 with np.errstate(all="ignore"):
                     finished[row] = pieces, {n: _item(v) for n, v in rule.finish(hyper, before, gain).items()}

@@ -51,11 +51,19 @@ def update(
     }
     wide = {n: None if s is None else widen(s) for n, s in states.items()}
     updated = apply(rule, pieces, widen(p), widen(g), wide, others | dict(flags))
-    real_view(p).copy_(updated.pop("p"))
+    write(p, updated.pop("p"))
     for name, value in updated.items():
-        real_view(there[name]).copy_(value)
+        write(there[name], value)
 
 
 def real_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as reals; any other tensor itself."""
+    """A complex tensor as reals, for reading; any other tensor itself."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Write reals into a tensor, which may be complex, and lazily conjugated."""
+    if tensor.is_conj():
+        tensor.copy_(torch.view_as_complex(value.contiguous()))
+    else:
+        real_view(tensor).copy_(value)

@@ -1,13 +1,14 @@
 """Running a rule on symbols: the expression graph from which kernels are generated and formulas printed."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from schuss.formula import Operand
 
 # How the operators of a graph read in Python source, with their precedence (higher binds tighter).
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 INFIX = {
     "lt": (3, "<"),
     "le": (3, "<="),
@@ -52,10 +53,11 @@ class Graph:
 
     def node(self, op: str, *args: Any) -> Expr:
         """`op` applied to `args`; numbers among them become constants."""
-        nodes = tuple(arg if isinstance(arg, Expr) else self._constant(arg) for arg in args)
+        nodes = tuple(arg if isinstance(arg, Expr) else self.constant(arg) for arg in args)
         return self._intern((op, *(id(n) for n in nodes)), op, nodes)
 
-    def _constant(self, value: Any) -> Expr:
+    def constant(self, value: Any) -> Expr:
+        """A number."""
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"a rule computes with arrays and numbers, got {type(value).__name__}: {value!r}")
         return self._intern(("const", type(value), repr(value)), "const", (), value)
@@ -103,36 +105,43 @@ def to_source(
     formula: Formula,
     word: Callable[[str, list[str]], str],
     constant: Callable[[float], str],
+    names: Mapping[str, str] | None = None,
 ) -> tuple[list[str], dict[str, str]]:
     """The formula as lines of Python, and what each new value is called there.
 
-    There is a line for each new value, `<name>_new`, and for each subexpression that is used twice. `word` writes a
-    call of the vocabulary, `constant` a number.
+    There is a line for each new value, `<name>_new`, and for each subexpression that is used twice, `t1` and so on.
+    `word` writes a call of the vocabulary, `constant` a number; `names` says how inputs are called that need another
+    name there.
     """
-    outputs = {node: f"{name}_new" for name, node in formula.outputs.items() if node.op not in ("name", "const")}
+    names = names or {}
+    outputs = {
+        node: f"{names.get(n, n)}_new" for n, node in formula.outputs.items() if node.op not in ("name", "const")
+    }
     counts = used(formula.outputs.values())
     written: dict[Expr, str] = {}
     lines: list[str] = []
 
-    def text(node: Expr, outer: int = 0, right: bool = False) -> str:
+    def text(node: Expr, level: int = 0) -> str:
+        """As an operand of something that binds as tightly as `level`."""
         if node in written:
             return written[node]
-        source, level = expression(node)
-        return f"({source})" if level < outer or (right and level == outer) else source
+        source, own = expression(node)
+        return f"({source})" if own < level else source
 
     def expression(node: Expr) -> tuple[str, int]:
         if node.op == "name":
-            return str(node.value), ATOM
+            return names.get(node.value, node.value), ATOM
         if node.op == "const":
             return constant(node.value), ATOM
         if node.op == "neg":
-            return f"-{text(node.args[0], NEGATION, right=True)}", NEGATION
+            return f"-{text(node.args[0], NEGATION + 1)}", NEGATION
         if node.op == "pow" and node.args[1].op == "const" and isinstance(node.args[1].value, int):
-            return f"{text(node.args[0], INFIX['pow'][0], right=True)} ** {node.args[1].value}", INFIX["pow"][0]
+            return _power(text(node.args[0], ATOM), node.args[1].value, constant)
         if node.op in INFIX:
             level, symbol = INFIX[node.op]
-            left, right = node.args
-            return f"{text(left, level)} {symbol} {text(right, level, right=True)}", level
+            # a - (b - c) needs its parentheses, (a - b) - c does not; powers go the other way, comparisons chain
+            left = text(node.args[0], level + (node.op == "pow" or node.op in COMPARISONS))
+            return f"{left} {symbol} {text(node.args[1], level + (node.op != 'pow'))}", level
         return word(node.op, [text(arg) for arg in node.args]), ATOM
 
     temporaries = 0
@@ -149,3 +158,10 @@ def to_source(
         lines.append(f"{name} = {text(node)}")
         written[node] = name
     return lines, {name: text(node) for name, node in formula.outputs.items()}
+
+
+def _power(base: str, exponent: int, constant: Callable[[float], str]) -> tuple[str, int]:
+    """A whole power. A negative one is a quotient: zero to it is infinite, not an error."""
+    if exponent >= 0:
+        return f"{base} ** {exponent}", INFIX["pow"][0]
+    return f"{constant(1.0)} / {base} ** {-exponent}", INFIX["div"][0]

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-CHANGED = -1
+CHANGED, OTHERS, INSIDE = -1, 1, 2
+"""The plan must be made anew; other tensors have gradients; a gradient lies inside a larger storage."""
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Portable:
         self._layouts = [(p.shape, significant_strides(p)) for p in watched.params]
 
     def __call__(self, grads: Sequence[torch.Tensor | None]) -> int:
-        """-1 if the plan must be made anew, 1 if other tensors than last time have a gradient, else 0."""
+        """As `driver.unchanged`: -1 if the plan must be made anew, else flags."""
         w = self._watched
         roles = w.address.shape[1]
         pattern = 0
@@ -62,7 +63,7 @@ class Portable:
             grad = grads[t]
             if (grad is not None) != w.active[t]:
                 w.active[t] = grad is not None
-                pattern = 1
+                pattern |= OTHERS
             if grad is not None:
                 if (
                     type(grad) is not torch.Tensor
@@ -73,6 +74,8 @@ class Portable:
                     or significant_strides(grad) != strides
                 ):
                     return CHANGED
+                if grad.storage_offset():
+                    pattern |= INSIDE
                 w.address[t, 1] = grad.data_ptr()
         return pattern
 
@@ -97,7 +100,7 @@ class Native:
         self._traits = interface.traits(w.grad_dtype)
 
     def __call__(self, grads: Sequence[torch.Tensor | None]) -> int:
-        """-1 if the plan must be made anew, 1 if other tensors than last time have a gradient, else 0."""
+        """As `driver.unchanged`: -1 if the plan must be made anew, else flags."""
         w, interface = self._watched, self._interface
         return int(
             self._loop(
@@ -179,7 +182,7 @@ _QUESTIONS = tuple(
     f"aoti_torch_{question}"
     for question in (
         "get_data_ptr", "get_layout", "get_dim", "get_sizes", "get_strides", "get_dtype", "get_device_type",
-        "get_numel", "is_contiguous",
+        "get_numel", "is_contiguous", "get_storage_offset",
     )
 )  # fmt: skip
 

@@ -1,5 +1,8 @@
 """Optimizers under torch.optim's names and contract: `from schuss import optim` replaces `from torch import optim`."""
 
+from typing import Any
+
+import torch
 from torch.optim import (
     LBFGS as LBFGS,
 )
@@ -49,3 +52,11 @@ __all__ = [
     "ADOPT", "ASGD", "LBFGS", "SGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "Lion", "Muon",
     "NAdam", "Optimizer", "RAdam", "RMSprop", "Rprop", "SparseAdam", "lr_scheduler", "swa_utils",
 ]  # fmt: skip
+__all__ += [name for name in torch.optim.__all__ if name not in __all__]
+
+
+def __getattr__(name: str) -> Any:
+    """What else this version of torch.optim has."""
+    if name in torch.optim.__all__:
+        return getattr(torch.optim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

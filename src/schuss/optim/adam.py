@@ -37,7 +37,7 @@ class Adam(Optimizer):
     Source: Kingma, Ba 2015, arXiv:1412.6980; AMSGrad: Reddi, Kale, Kumar 2018, arXiv:1904.09237.
     """
 
-    bounds = {"lr": "[0, inf)", "betas": "[0, 1)", "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+    bounds = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
     states = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": State("max_exp_avg_sq", when="amsgrad")}
     decay = "l2"
     source = "Kingma, Ba 2015, arXiv:1412.6980; AMSGrad: Reddi, Kale, Kumar 2018, arXiv:1904.09237"

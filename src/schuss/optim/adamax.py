@@ -30,7 +30,7 @@ class Adamax(Optimizer):
     Source: Kingma, Ba 2015, arXiv:1412.6980.
     """
 
-    bounds = {"lr": "[0, inf)", "betas": "[0, 1)", "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+    bounds = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
     states = {"m": "exp_avg", "u": "exp_inf"}
     decay = "l2"
     source = "Kingma, Ba 2015, arXiv:1412.6980"

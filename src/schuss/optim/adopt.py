@@ -39,7 +39,7 @@ class ADOPT(Optimizer):
 
     bounds = {
         "lr": "[0, inf)",
-        "betas": "[0, 1)",
+        "betas": ("[0, 1)", "[0, 1)"),
         "eps": "[0, inf)",
         "weight_decay": "[0, inf)",
         "clip_exp": "None or [0, inf)",

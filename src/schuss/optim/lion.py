@@ -32,7 +32,7 @@ class Lion(Optimizer):
     Source: Chen et al. 2023, arXiv:2302.06675.
     """
 
-    bounds = {"lr": "[0, inf)", "betas": "[0, 1)", "weight_decay": "[0, inf)"}
+    bounds = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "weight_decay": "[0, inf)"}
     states = {"m": "exp_avg"}
     has_step = False
     decay = "decoupled"

@@ -37,7 +37,7 @@ class NAdam(Optimizer):
 
     bounds = {
         "lr": "[0, inf)",
-        "betas": "[0, 1)",
+        "betas": ("[0, 1)", "[0, 1)"),
         "eps": "[0, inf)",
         "weight_decay": "[0, inf)",
         "momentum_decay": "[0, inf)",

@@ -35,7 +35,7 @@ class RAdam(Optimizer):
     Source: Liu et al. 2020, arXiv:1908.03265.
     """
 
-    bounds = {"lr": "[0, inf)", "betas": "[0, 1)", "eps": "[0, inf)", "weight_decay": "[0, inf)"}
+    bounds = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
     states = {"m": "exp_avg", "v": "exp_avg_sq"}
     decay = "l2"
     source = "Liu et al. 2020, arXiv:1908.03265"

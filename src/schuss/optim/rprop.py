@@ -33,7 +33,7 @@ class Rprop(Optimizer):
     Source: Riedmiller, Braun 1993.
     """
 
-    bounds = {"lr": "[0, inf)", "etas": ("(0, 1)", "(1, inf)"), "step_sizes": "[0, inf)"}
+    bounds = {"lr": "[0, inf)", "etas": ("(0, 1)", "(1, inf)"), "step_sizes": ("[0, inf)", "[0, inf)")}
     states = {"g_prev": "prev", "s": State("step_size", init="lr")}
     source = "Riedmiller, Braun 1993"
 
