@@ -9,6 +9,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
 from schuss import bounds
+from schuss.engine.process import uninterrupted
 from schuss.rule import Rule, State
 
 if TYPE_CHECKING:
@@ -137,12 +138,12 @@ class Optimizer(torch.optim.Optimizer):
             return loss
         scale: torch.Tensor | float | None = getattr(self, "grad_scale", None)
         gain = 1.0 if scale is None else 1.0 / bounds.number(scale)
-        if self._plan is None or not self._plan.is_current(self) or not self._plan.run(self, gain):
-            from schuss.engine.plan import Plan
-
-            self._plan = Plan(self)
-            if not self._plan.run(self, gain):
-                raise AssertionError("something changed while a step was planned; please report this")
+        try:
+            if self._plan is None or not self._plan.is_current(self) or not self._plan.run(self, gain):
+                self._plan_and_run(gain)
+        except BaseException:
+            self._plan = None  # whatever it was in the middle of, the next step looks afresh
+            raise
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -209,7 +210,7 @@ class Optimizer(torch.optim.Optimizer):
         from schuss.engine.plan import Plan
 
         if self._plan is None or not self._plan.is_current(self):
-            self._plan = Plan(self, make_state=False)
+            self._plan = Plan(self)
         return self._plan
 
     def _check(self, group: Mapping[str, Any]) -> None:
@@ -222,6 +223,25 @@ class Optimizer(torch.optim.Optimizer):
         if group.get("fused") and group.get("differentiable"):
             raise RuntimeError(f"{owner}: `fused` does not support `differentiable`")
         self.check_group(group)
+
+    def _plan_and_run(self, gain: float) -> None:
+        from schuss.engine.plan import Plan
+
+        made: list[tuple[torch.Tensor, set[str]]] = []
+        plan = None
+        try:
+            with uninterrupted():
+                plan = self._plan = Plan(self, made)
+                if not plan.run(self, gain):
+                    raise AssertionError("something changed while a step was planned; please report this")
+        except BaseException:
+            for p, before in made:  # state that has never been stepped would pass for state that has
+                if plan is None or not plan.has_run(p):
+                    for name in set(self.state[p]) - before:
+                        del self.state[p][name]
+                    if not self.state[p]:
+                        del self.state[p]
+            raise
 
     def _make_state(self, p: torch.Tensor, group: Mapping[str, Any]) -> None:
         """Add to `self.state[p]` what is missing there."""

@@ -102,7 +102,7 @@ class Rule:
     @property
     def marks_first(self) -> bool:
         """Whether the first step is told by a mark of the plan, since no step is kept."""
-        return not self.has_step and "first" in self._scalar_arguments
+        return not self.has_step and bool(self.states)
 
     def variant(self, group: Mapping[str, Any]) -> Variant:
         """The form that a parameter group chooses."""

@@ -56,8 +56,8 @@ class Bucket:
         self._is_double = np.array(
             [t.dtype == torch.float64 for t in self._tensors[0][states:]] + [True] * marked, np.bool_
         )
+        self._marks = np.array([float(id(p) in fresh) for p in self.params])  # 1 before the first update
         if marked:
-            self._marks = np.array([float(id(p) in fresh) for p in self.params])
             self._scalar_address[:, -1] = self._marks.ctypes.data + 8 * np.arange(count)
 
         self.active = np.zeros(count, np.bool_)
@@ -111,6 +111,13 @@ class Bucket:
             self._find_rows()
         if self.hyper_changed or gain != self._gain or not np.array_equal(self._rows, self._finished):
             self._finish(hyper, gain)
+
+    def has_run(self, p: torch.Tensor) -> bool:
+        """Whether a parameter is not one of these, or has been updated since its state was made."""
+        for q, kept, mark in zip(self.params, self._kept, self._marks, strict=True):
+            if q is p:
+                return bool(kept["step"]) if self._rule.has_step else not mark
+        return True
 
     def launch(self) -> None:
         """Update the bucket's tensors that have a gradient, as prepared."""

@@ -43,7 +43,9 @@ def load(label: str, text: str) -> ModuleType:
             return sys.modules[full_name]
         for place in (folder, _folder_of_this_process):
             try:
-                return _import(full_name, _write(place() / f"{name}.py", text))
+                path = _write(place() / f"{name}.py", text)
+                _discard_damaged(path)
+                return _import(full_name, path)
             except (OSError, RuntimeError) as error:  # RuntimeError: Numba found no place for its machine code
                 failure = error
     raise RuntimeError(
@@ -71,6 +73,13 @@ def _write(path: Path, text: str) -> Path:
         os.unlink(temporary)
         raise
     return path
+
+
+def _discard_damaged(path: Path) -> None:
+    """Remove machine code of the file that was cut off, by a full disk say: Numba would not recover from it."""
+    for file in (path.parent / "__pycache__").glob(f"{path.stem}*.nb[ic]"):
+        if not file.read_bytes().endswith(b"."):  # the last byte of every pickle
+            file.unlink(missing_ok=True)
 
 
 def _import(name: str, path: Path) -> ModuleType:

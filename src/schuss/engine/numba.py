@@ -3,7 +3,6 @@
 import builtins
 import hashlib
 import math
-import os
 import re
 import threading
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from schuss.engine import cache as code_cache
+from schuss.engine.process import is_forked, uninterrupted
 from schuss.engine.trace import Formula, to_source
 
 
@@ -141,7 +141,8 @@ def driver() -> Any:
 @cache
 def prepare() -> None:
     """Load Numba and a first compiled function, which takes it half a second: not in the first step of a training."""
-    driver().read(np.zeros((0, 1), np.int64), np.zeros(1, np.bool_), np.zeros((0, 1)))
+    with uninterrupted():
+        driver().read(np.zeros((0, 1), np.int64), np.zeros(1, np.bool_), np.zeros((0, 1)))
 
 
 @cache
@@ -171,26 +172,11 @@ def _choose_threading_layer() -> None:
         config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
 
 
-_forked = False
 _one_at_a_time = threading.Lock()
 
 
-def _after_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
 def parts(elements: int) -> int:
-    """How many threads share a launch: torch's number, fewer where there is little to do, one in a forked process.
-
-    OpenMP cannot be used in the child of a process that has used it; the serial loop gives the same bits.
-    """
-    if _forked:
-        return 1
+    """How many threads share a launch: torch's number, fewer where there is little to do."""
     return max(1, min(torch.get_num_threads(), _most_threads(), elements // 32768))
 
 
@@ -202,9 +188,12 @@ def _most_threads() -> int:
 
 
 def launch(count: int, *arguments: Any) -> None:
-    """Run a prepared launch on `count` threads."""
+    """Run a prepared launch on `count` threads.
+
+    On one in a forked process: OpenMP cannot be used in the child of a process that has used it. The bits are the same.
+    """
     loops = driver()
-    if count == 1:
+    if count == 1 or is_forked():
         loops.launch_serial(*arguments)
         return
     import numba

@@ -47,11 +47,11 @@ class Plan:
 
     Args:
         optimizer: whose step. The plan keeps no reference to it, so that dropping an optimizer frees its state at once.
-        make_state: whether to add the state of parameters that have a gradient; a plan that is only looked at does
-            not, and is made again by the first step.
+        made: takes down the parameters that get state, and the names of what they had. Without it no state is made:
+            such a plan is only looked at, and made again by the first step.
     """
 
-    def __init__(self, optimizer: "Optimizer", *, make_state: bool = True) -> None:
+    def __init__(self, optimizer: "Optimizer", made: list[tuple[torch.Tensor, set[str]]] | None = None) -> None:
         rule = self._rule = optimizer._rule
         groups = optimizer.param_groups
         self._getter = _items(rule.keys)
@@ -69,25 +69,23 @@ class Plan:
                 for state in rule.present(e.variant)
             )
 
-        self._only_looked_at = not make_state
+        self._only_looked_at = made is None
         self._idle: list[torch.Tensor] = []
         self._eager: list[Entry] = []
         fresh: set[int] = set()
-        self._made: list[tuple[torch.Tensor, set[str]]] = []  # state that a step which never ran would leave behind
         members: dict[Any, list[Entry]] = {}
         for e in self.entries:
             has_state = self._has_state(optimizer, e)
-            if make_state and e.p.grad is not None and not has_state:
-                before = set(state_of(optimizer, e.p))
+            if made is not None and e.p.grad is not None and not has_state:
+                made.append((e.p, set(state_of(optimizer, e.p))))
                 optimizer._make_state(e.p, groups[e.group])
-                self._made.append((e.p, set(state_of(optimizer, e.p)) - before))
                 fresh.add(id(e.p))
                 has_state = True
             if not has_state:
                 self._idle.append(e.p)
             elif e.route.backend != "numba":
                 self._eager.append(e)
-            elif make_state:
+            elif made is not None:
                 kept = state_of(optimizer, e.p)
                 scalar_dtypes = tuple(kept[name].dtype for name in rule.scalar_states)
                 key = (e.variant, e.p.is_complex(), self._dtypes(optimizer, e), scalar_dtypes)
@@ -125,9 +123,9 @@ class Plan:
                 if p.grad is not None:
                     check_gradient(optimizer, name, p, p.grad, group)
                 entries.append(Entry(name, p, index, self._variants[index], route(optimizer, name, p, group)))
-        compiled = [e for e in entries if e.route.backend == "numba"]
-        for i in overlapping([e.p for e in compiled]):
-            compiled[i].route = SHARED
+        for i in overlapping([e.p for e in entries]):
+            if entries[i].route.backend == "numba":
+                entries[i].route = SHARED
         return entries
 
     def _has_state(self, optimizer: "Optimizer", e: Entry) -> bool:
@@ -183,33 +181,22 @@ class Plan:
 
     def run(self, optimizer: "Optimizer", gain: float) -> bool:
         """One step; `gain` multiplies every gradient. False, with nothing done, if the plan must be made anew."""
-        try:
-            for bucket in self._buckets:
-                if bucket.compare(list(map(_grad, bucket.params))) == CHANGED:
-                    return False
-            if any(p.grad is not None for p in self._idle) or not self._eager_routes_hold(optimizer):
+        for bucket in self._buckets:
+            if bucket.compare(list(map(_grad, bucket.params))) == CHANGED:
                 return False
-            for bucket in self._buckets:
-                bucket.prepare(self._hyper, gain)
-        except BaseException:
-            self._unmake(optimizer)
-            raise
-        self._made.clear()
+        if any(p.grad is not None for p in self._idle) or not self._eager_routes_hold(optimizer):
+            return False
+        for bucket in self._buckets:
+            bucket.prepare(self._hyper, gain)
         for bucket in self._buckets:
             bucket.launch()
         if self._eager:
             self._run_eager(optimizer, gain)
         return True
 
-    def _unmake(self, optimizer: "Optimizer") -> None:
-        """Take back the state that this plan added: a first step that fails leaves everything as it was."""
-        for p, names in self._made:
-            kept = optimizer.state[p]
-            for name in names:
-                del kept[name]
-            if not kept:
-                del optimizer.state[p]
-        self._made.clear()
+    def has_run(self, p: torch.Tensor) -> bool:
+        """Whether a parameter whose state this plan has made has been updated since."""
+        return id(p) not in self._first and all(bucket.has_run(p) for bucket in self._buckets)
 
     def _eager_routes_hold(self, optimizer: "Optimizer") -> bool:
         groups = optimizer.param_groups
@@ -232,7 +219,6 @@ class Plan:
             before = {name: kept[name].item() for name in rule.scalar_states}
             if rule.marks_first:
                 before["first"] = id(e.p) in self._first
-                self._first.discard(id(e.p))
             differentiable = bool(group.get("differentiable"))
             row = (e.group, *before.values())
             if row not in finished:
@@ -256,7 +242,7 @@ class Plan:
                     rule.formula, pieces, e.p, g, self._states(optimizer, e), {n: scalars[n] for n in names},
                     rule.chosen(e.variant), differentiable=differentiable,
                 )  # fmt: skip
-            self._write_scalars(kept, scalars)
+            self._write_scalars(e.p, kept, scalars)
         for (variant, _, _, pieces), members in lists.items():
             entries, grads, scalars_of = zip(*members, strict=True)
             states: list[dict[str, Any]] = [self._states(optimizer, e) for e in entries]
@@ -268,12 +254,13 @@ class Plan:
                     rule.chosen(variant),
                 )  # fmt: skip
             for e, scalars in zip(entries, scalars_of, strict=True):
-                self._write_scalars(state_of(optimizer, e.p), scalars)
+                self._write_scalars(e.p, state_of(optimizer, e.p), scalars)
 
     @torch.no_grad()
-    def _write_scalars(self, kept: dict[str, Any], scalars: dict[str, Any]) -> None:
+    def _write_scalars(self, p: torch.Tensor, kept: dict[str, Any], scalars: dict[str, Any]) -> None:
         for name in self._rule.scalar_states:
             kept[name].fill_(float(scalars[name]))
+        self._first.discard(id(p))
 
 
 def _item(value: Any) -> Any:

@@ -128,7 +128,9 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def overlapping(params: Sequence[torch.Tensor]) -> list[int]:
     """The indices of parameters that share memory with another one."""
     spans = sorted(
-        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), i) for i, p in enumerate(params) if p.numel()
+        (p.data_ptr(), p.data_ptr() + _extent(p) * p.element_size(), i)
+        for i, p in enumerate(params)
+        if p.numel() and p.layout == torch.strided and p.device.type == "cpu"
     )
     shared, end, owner = set(), 0, -1
     for start, stop, i in spans:
@@ -137,3 +139,8 @@ def overlapping(params: Sequence[torch.Tensor]) -> list[int]:
         if stop > end:
             end, owner = stop, i
     return sorted(shared)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """How many elements of memory lie between a tensor's first and last, gaps included."""
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
