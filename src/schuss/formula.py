@@ -123,6 +123,19 @@ def _choice(condition: torch.Tensor, yes: Any, no: Any) -> torch.Tensor:
 
 _choice.__name__ = "where"
 
+
+def _towards(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's lerp, which starts from the nearer end; its own takes no numbers as ends."""
+
+    def lerp(a: Any, b: Any, weight: Any) -> Any:
+        near, far = a + weight * (b - a), b + (weight - 1) * (b - a)
+        if isinstance(weight, (int, float)):
+            return near if abs(weight) < 0.5 else far
+        return choose(abs(weight) < 0.5, near, far)
+
+    return lerp
+
+
 sqrt = _word(torch.sqrt, np.sqrt)
 sqrt.__doc__ = "The square root."
 absolute = _word(torch.absolute, np.abs)
@@ -135,7 +148,7 @@ minimum = _word(_of_two(torch.minimum), np.minimum)
 minimum.__doc__ = "The smaller of two; NaN if either is NaN."
 where = _word(_choice, np.where)
 where.__doc__ = "`where(condition, yes, no)`: elementwise choice. What is not chosen has no influence, NaN included."
-lerp = _word(torch.lerp, lambda a, b, weight: np.where(weight < 0.5, a + weight * (b - a), b - (b - a) * (1 - weight)))
+lerp = _word(_towards(torch.where), _towards(np.where))
 lerp.__doc__ = "`lerp(a, b, weight)`: a moved towards b, a + weight (b - a); from b's side where weight is 0.5 or more."
 logical_and = _word(torch.logical_and, np.logical_and)
 logical_and.__doc__ = "Both conditions hold."

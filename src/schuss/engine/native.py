@@ -139,7 +139,7 @@ def sign(x):
 @inline
 def lerp(a, b, weight):
     one, half = type(weight)(1), type(weight)(0.5)
-    return where(weight < half, a + weight * (b - a), b - (b - a) * (one - weight))
+    return where(abs(weight) < half, a + weight * (b - a), b + (weight - one) * (b - a))
 
 
 @inline

@@ -1,0 +1,453 @@
+"""What the tests share: configurations of every optimizer, inputs that are errors, parameters and gradients."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from schuss import optim
+
+Kwargs = dict[str, Any]
+
+CASES: dict[str, list[Kwargs]] = {
+    "SGD": [
+        dict(lr=0.1),
+        dict(lr=0.1, weight_decay=0.1),
+        dict(lr=0.1, momentum=0.9),
+        dict(lr=0.1, momentum=0.9, dampening=0.5),
+        dict(lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
+        dict(lr=0.1, momentum=0.9, nesterov=True),
+        dict(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True),
+    ],
+    "Adagrad": [
+        dict(lr=0.1),
+        dict(lr=0.1, lr_decay=0.1),
+        dict(lr=0.1, initial_accumulator_value=0.5),
+        dict(lr=0.1, weight_decay=0.1, eps=1e-3),
+        dict(lr=0.1, lr_decay=0.1, weight_decay=0.1, initial_accumulator_value=0.5, maximize=True),
+    ],
+    "Adadelta": [
+        dict(),
+        dict(lr=0.5, rho=0.8, eps=1e-3),
+        dict(lr=0.5, rho=0.8, weight_decay=0.1, maximize=True),
+    ],
+    "RMSprop": [
+        dict(lr=0.01),
+        dict(lr=0.01, alpha=0.9, eps=1e-3),
+        dict(lr=0.01, weight_decay=0.1),
+        dict(lr=0.01, momentum=0.9),
+        dict(lr=0.01, centered=True),
+        dict(lr=0.01, centered=True, momentum=0.9, weight_decay=0.1, maximize=True),
+    ],
+    "Adam": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.0, 0.5), eps=1e-3),
+        dict(lr=0.01, weight_decay=0.1),
+        dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True),
+        dict(lr=0.01, amsgrad=True),
+        dict(lr=0.01, amsgrad=True, weight_decay=0.1, maximize=True),
+    ],
+    "AdamW": [
+        dict(lr=0.01),
+        dict(lr=0.01, weight_decay=0),
+        dict(lr=0.01, amsgrad=True, betas=(0.8, 0.9)),
+        dict(lr=0.01, amsgrad=True, weight_decay=0.1, maximize=True),
+    ],
+    "NAdam": [
+        dict(lr=0.01),
+        dict(lr=0.01, momentum_decay=0.5),
+        dict(lr=0.01, weight_decay=0.1),
+        dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, momentum_decay=0.05, maximize=True),
+    ],
+    "RAdam": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.8, 0.9), eps=1e-3),
+        dict(lr=0.01, weight_decay=0.1),
+        dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, maximize=True),
+    ],
+    "Adamax": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.8, 0.9), eps=1e-3),
+        dict(lr=0.01, weight_decay=0.1, maximize=True),
+    ],
+    "ASGD": [
+        dict(lr=0.1),
+        dict(lr=0.1, t0=3),
+        dict(lr=0.1, lambd=0.1, alpha=0.5, t0=2),
+        dict(lr=0.1, lambd=0.1, t0=2, weight_decay=0.1, maximize=True),
+    ],
+    "Rprop": [
+        dict(lr=0.01),
+        dict(lr=0.01, etas=(0.4, 1.5), step_sizes=(5e-3, 0.02)),
+        dict(lr=0.01, maximize=True),
+    ],
+    "ADOPT": [
+        dict(lr=0.01),
+        dict(lr=0.01, clip_exp=None),
+        dict(lr=0.01, betas=(0.8, 0.9), eps=0.5, clip_exp=0.1),
+        dict(lr=0.01, weight_decay=0.1),
+        dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, maximize=True),
+    ],
+    "Lion": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8)),
+        dict(lr=0.01, weight_decay=0.1, maximize=True),
+    ],
+}
+"""Every form of every optimizer. The last one of a class has as much switched on as goes together."""
+
+GROUPS: dict[str, list[Kwargs]] = {
+    "SGD": [{}, dict(lr=0.3, weight_decay=0.1), dict(momentum=0.9, maximize=True), dict(momentum=0.5, nesterov=True)],
+    "Adagrad": [{}, dict(lr=0.3, weight_decay=0.1), dict(lr_decay=0.5, maximize=True), dict(eps=0.1)],
+    "Adadelta": [{}, dict(lr=0.3, weight_decay=0.1), dict(rho=0.5, maximize=True), dict(eps=0.1)],
+    "RMSprop": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(momentum=0.9, maximize=True),
+        dict(centered=True, momentum=0.5),
+    ],
+    "Adam": [{}, dict(lr=0.3, weight_decay=0.1), dict(amsgrad=True, maximize=True), dict(decoupled_weight_decay=True)],
+    "AdamW": [{}, dict(lr=0.3, weight_decay=0), dict(amsgrad=True, maximize=True), dict(betas=(0.5, 0.6))],
+    "NAdam": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(momentum_decay=0.5, maximize=True),
+        dict(weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+    "RAdam": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(betas=(0.5, 0.6), maximize=True),
+        dict(weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+    "Adamax": [{}, dict(lr=0.3, weight_decay=0.1), dict(betas=(0.5, 0.6), maximize=True), dict(eps=0.1)],
+    "ASGD": [{}, dict(lr=0.3, weight_decay=0.1), dict(t0=2, maximize=True), dict(lambd=0.1, alpha=0.5)],
+    "Rprop": [{}, dict(lr=0.3), dict(etas=(0.4, 1.5), maximize=True), dict(step_sizes=(5e-3, 0.02))],
+    "ADOPT": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(clip_exp=None, maximize=True),
+        dict(weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+    "Lion": [{}, dict(lr=0.3, weight_decay=0.1), dict(betas=(0.5, 0.6), maximize=True), dict(weight_decay=0.01)],
+}
+"""Hyperparameters of four groups of one optimizer: decay and none, maximize and not, with and without a state."""
+
+INTERVAL = r"must be in \[0, inf\), got"
+
+ERRORS: list[tuple[str, Kwargs, type[Exception], str]] = [
+    *((name, dict(lr=-0.1), ValueError, rf"{name}: lr {INTERVAL} -0\.1$") for name in CASES),
+    *((name, dict(lr=float("nan")), ValueError, rf"{name}: lr {INTERVAL} nan$") for name in CASES),
+    *((name, dict(lr="0.1"), TypeError, rf"{name}: lr must be a number in .*, got '0\.1' \(str\)$") for name in CASES),
+    *(
+        (name, dict(lr=torch.tensor([0.1, 0.2])), ValueError, rf"{name}: Tensor lr must be 1-element.*\(2,\)$")
+        for name in CASES
+    ),
+    *((name, dict(lr=torch.tensor(-1.0)), ValueError, rf"{name}: lr {INTERVAL} tensor\(-1\.\)$") for name in CASES),
+    *((name, dict(lr=True), TypeError, rf"{name}: lr must be a number") for name in CASES),
+    *(
+        (name, dict(weight_decay=-1e-9), ValueError, rf"{name}: weight_decay {INTERVAL} -1e-09$")
+        for name in CASES
+        if name != "Rprop"
+    ),
+    *(
+        (name, dict(eps=-1e-9), ValueError, rf"{name}: eps {INTERVAL} -1e-09$")
+        for name in CASES
+        if name not in ("SGD", "ASGD", "Rprop", "Lion")
+    ),
+    *(
+        (name, dict(betas=betas), ValueError, rf"{name}: betas{where}")
+        for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "ADOPT", "Lion")
+        for betas, where in (
+            ((1.0, 0.9), r"\[0\] must be in \[0, 1\), got 1\.0$"),
+            ((-0.1, 0.9), r"\[0\] must be in \[0, 1\), got -0\.1$"),
+            ((0.9, 1.2), r"\[1\] must be in \[0, 1\), got 1\.2$"),
+            ((0.9,), r" must be two numbers, got \(0\.9,\)$"),
+            (0.9, r" must be two numbers, got 0\.9$"),
+        )
+    ),
+    ("SGD", dict(momentum=-0.5), ValueError, rf"SGD: momentum {INTERVAL} -0\.5$"),
+    ("SGD", dict(dampening=float("inf")), ValueError, r"SGD: dampening must be in \(-inf, inf\), got inf$"),
+    ("SGD", dict(nesterov=True), ValueError, r"SGD: Nesterov momentum requires a momentum and zero dampening.*=0,"),
+    ("SGD", dict(nesterov=True, momentum=0.9, dampening=0.5), ValueError, r"SGD: Nesterov .* dampening=0\.5$"),
+    ("Adagrad", dict(lr_decay=-0.5), ValueError, rf"Adagrad: lr_decay {INTERVAL} -0\.5$"),
+    (
+        "Adagrad",
+        dict(initial_accumulator_value=-0.5),
+        ValueError,
+        rf"Adagrad: initial_accumulator_value {INTERVAL} -0\.5$",
+    ),
+    ("Adadelta", dict(rho=1.1), ValueError, r"Adadelta: rho must be in \[0, 1\], got 1\.1$"),
+    ("Adadelta", dict(rho=-0.1), ValueError, r"Adadelta: rho must be in \[0, 1\], got -0\.1$"),
+    ("RMSprop", dict(momentum=-1.0), ValueError, rf"RMSprop: momentum {INTERVAL} -1\.0$"),
+    ("RMSprop", dict(alpha=-1.0), ValueError, rf"RMSprop: alpha {INTERVAL} -1\.0$"),
+    ("NAdam", dict(momentum_decay=-0.2), ValueError, rf"NAdam: momentum_decay {INTERVAL} -0\.2$"),
+    ("Rprop", dict(etas=(1.0, 0.5)), ValueError, r"Rprop: etas\[0\] must be in \(0, 1\), got 1\.0$"),
+    ("Rprop", dict(etas=(0.5, 1.0)), ValueError, r"Rprop: etas\[1\] must be in \(1, inf\), got 1\.0$"),
+    ("Rprop", dict(step_sizes=(-1e-6, 50)), ValueError, rf"Rprop: step_sizes\[0\] {INTERVAL} -1e-06$"),
+    ("ADOPT", dict(clip_exp=-0.25), ValueError, r"ADOPT: clip_exp must be in .*\[0, inf\), got -0\.25$"),
+    ("ASGD", dict(t0="late"), TypeError, r"ASGD: t0 must be a number in \(-inf, inf\), got 'late' \(str\)$"),
+    *(
+        (name, dict(fused=True, foreach=True), RuntimeError, r"`fused` and `foreach` cannot be `True` together")
+        for name in ("SGD", "Adagrad", "Adam", "AdamW")
+    ),
+    *(
+        (name, dict(fused=True, differentiable=True), RuntimeError, r"`fused` does not support `differentiable`")
+        for name in ("SGD", "Adagrad", "Adam", "AdamW")
+    ),
+    ("Adam", dict(backend="cuda"), ValueError, r"Adam: backend must be one of auto, numba, .*, got 'cuda'$"),
+]
+"""Constructor arguments that are errors, and what the message says. Texts name the class, the argument, its bounds."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer in one configuration."""
+
+    name: str
+    kwargs: Kwargs
+
+    def __str__(self) -> str:
+        told = [
+            k if v is True else f"{k}={v}".replace(" ", "")
+            for k, v in self.kwargs.items()
+            if k != "lr" or len(self.kwargs) == 1
+        ]
+        return "-".join([self.name, *told])
+
+    @property
+    def cls(self) -> type[Any]:
+        """The class of schuss."""
+        return getattr(optim, self.name)
+
+    @property
+    def torch_cls(self) -> type[Any]:
+        """Its namesake in torch."""
+        return getattr(torch.optim, self.name)
+
+    def ours(self, params: Iterable[Any], **more: Any) -> Any:
+        """The optimizer of schuss."""
+        return self.cls(params, **(self.kwargs | more))
+
+    def theirs(self, params: Iterable[Any], **more: Any) -> Any:
+        """torch's optimizer of the same name."""
+        return self.torch_cls(params, **(self.kwargs | more))
+
+    def accepts(self, key: str) -> bool:
+        """Whether groups of this optimizer have the key."""
+        return key in self.cls([torch.zeros(1)]).defaults
+
+
+NAMES = tuple(CASES)
+IN_TORCH = tuple(name for name in NAMES if hasattr(torch.optim, name))
+ALL = [Case(name, kwargs) for name in NAMES for kwargs in CASES[name]]
+RICH = [Case(name, CASES[name][-1]) for name in NAMES]
+PLAIN = [Case(name, CASES[name][0]) for name in NAMES]
+
+
+def each(cases: Iterable[Case], argument: str = "case", *, torch_has: bool = False) -> pytest.MarkDecorator:
+    """Parametrize a test by cases, with their names as ids."""
+    return pytest.mark.parametrize(argument, [c for c in cases if not torch_has or c.name in IN_TORCH], ids=str)
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A generator that depends on all the numbers."""
+    return torch.Generator().manual_seed(sum(s * 1_000_003**i for i, s in enumerate(seed)) % 2**63)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.Tensor:
+    """Normal numbers that depend on nothing but the arguments; drawn in float64, so that dtypes see the same ones."""
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(shape, dtype=wide, generator=generator(seed, 1)).to(dtype)
+
+
+def _gaps(dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return randn(4, 10, dtype=dtype, seed=seed)[:, ::2]
+
+
+def _non_dense(dtype: torch.dtype, seed: int) -> torch.Tensor:
+    values = torch.empty_strided((3, 4), (7, 1), dtype=dtype)
+    return values.copy_(randn(3, 4, dtype=dtype, seed=seed))
+
+
+LAYOUTS: dict[str, Callable[[torch.dtype, int], torch.Tensor]] = {
+    "contiguous": lambda dtype, seed: randn(5, 7, dtype=dtype, seed=seed),
+    "transposed": lambda dtype, seed: randn(6, 3, dtype=dtype, seed=seed).t(),
+    "permuted": lambda dtype, seed: randn(2, 3, 4, dtype=dtype, seed=seed).permute(2, 0, 1),
+    "channels-last": lambda dtype, seed: randn(2, 3, 4, 5, dtype=dtype, seed=seed).contiguous(
+        memory_format=torch.channels_last
+    ),
+    "0-d": lambda dtype, seed: randn(dtype=dtype, seed=seed),
+    "one element": lambda dtype, seed: randn(1, 1, dtype=dtype, seed=seed),
+    "empty": lambda dtype, seed: randn(0, 3, dtype=dtype, seed=seed),
+    "gaps": _gaps,
+    "non-dense": _non_dense,
+    "offset": lambda dtype, seed: randn(11, dtype=dtype, seed=seed)[3:],
+    "slice of rows": lambda dtype, seed: randn(6, 4, dtype=dtype, seed=seed)[1:3],
+}
+"""Ways in which a parameter can lie in memory."""
+
+DENSE = ("contiguous", "transposed", "0-d", "one element", "empty", "channels-last")
+
+
+def parameters(
+    layouts: Sequence[str] = ("contiguous", "transposed", "0-d"), dtype: torch.dtype = torch.float64, seed: int = 0
+) -> list[torch.nn.Parameter]:
+    """Parameters that lie in memory in these ways; the same ones at every call."""
+    return [torch.nn.Parameter(LAYOUTS[name](dtype, seed + i)) for i, name in enumerate(layouts)]
+
+
+def gradient(p: torch.Tensor, *seed: int) -> torch.Tensor:
+    """A gradient that lies in memory like the parameter, where autograd would make it so."""
+    wide = torch.complex128 if p.is_complex() else torch.float64
+    values = torch.randn(p.shape, dtype=wide, generator=generator(*seed))
+    return torch.empty_like(p).detach().copy_(values)
+
+
+def set_gradients(params: Sequence[torch.Tensor], step: int, *, missing: bool = False, seed: int = 7) -> None:
+    """Give each parameter the gradient of a step; with `missing`, some have none, others at each step."""
+    for i, p in enumerate(params):
+        p.grad = None if missing and (step + i) % 3 == 1 else gradient(p, seed, step, i)
+
+
+def drive(
+    optimizer: torch.optim.Optimizer,
+    params: Sequence[torch.Tensor],
+    steps: Iterable[int] | int = 8,
+    *,
+    missing: bool = False,
+    seed: int = 7,
+) -> None:
+    """Make steps with given gradients. Eight go past the fifth, where RAdam changes its form."""
+    for step in range(steps) if isinstance(steps, int) else steps:
+        set_gradients(params, step, missing=missing, seed=seed)
+        optimizer.step()
+
+
+TOLERANCE: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-12, 1e-13),
+    torch.float32: (1e-5, 1e-6),
+    torch.complex64: (1e-5, 1e-6),
+    torch.complex128: (1e-12, 1e-13),
+}
+"""Relative and absolute. float64: a formula written in another order of operations differs by some 1e-16 a step, a
+wrong formula by far more than 1e-12. float32: torch's own tests allow 1.3e-6 and 1e-5; small states ask for a smaller
+absolute tolerance, and eight steps that divide by roots of differences for a larger relative one."""
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, what: str = "", *, slack: float = 0.0) -> None:
+    """Equal within the tolerance of the dtype, or within `slack`, NaN equal to NaN; dtype and shape exactly."""
+    rtol, atol = TOLERANCE.get(theirs.dtype, (0, 0))
+    torch.testing.assert_close(
+        ours.detach(), theirs.detach(), rtol=max(rtol, slack), atol=max(atol, slack), equal_nan=True,
+        check_stride=False, msg=lambda text: f"{what}: {text}",
+    )  # fmt: skip
+
+
+def slack(theirs: torch.optim.Optimizer) -> float:
+    """How far torch's own result is from the exact one, beyond what the parameters' dtype says.
+
+    Its NAdam reads the product of all momenta back as float32 within the step, its foreach ASGD the rate; then 1e-7 is
+    `torch.testing`'s tolerance for float64. With float64 as the default dtype both are kept in float64.
+    """
+    rough = isinstance(theirs, torch.optim.NAdam) or (
+        isinstance(theirs, torch.optim.ASGD) and any(group["foreach"] for group in theirs.param_groups)
+    )
+    return 1e-7 if rough and torch.get_default_dtype() == torch.float32 else 0.0
+
+
+def assert_equal(ours: Any, theirs: Any, what: str = "") -> None:
+    """The same, to the last bit of tensors, in nested dicts, lists and tuples; NaN equal to NaN."""
+    if isinstance(theirs, torch.Tensor):
+        assert isinstance(ours, torch.Tensor), f"{what}: {type(ours)}"
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")
+    elif isinstance(theirs, dict):
+        assert list(ours) == list(theirs) or set(ours) == set(theirs), what
+        for key, value in theirs.items():
+            assert_equal(ours[key], value, f"{what}[{key!r}]")
+    elif isinstance(theirs, (list, tuple)):
+        assert len(ours) == len(theirs), what
+        for i, value in enumerate(theirs):
+            assert_equal(ours[i], value, f"{what}[{i}]")
+    else:
+        assert ours == theirs, f"{what}: {ours!r} != {theirs!r}"
+
+
+def assert_close_params(
+    ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], what: str = "", *, slack: float = 0.0
+) -> None:
+    """`assert_close` of each pair."""
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert_close(a, b, f"{what} parameter {i}", slack=slack)
+
+
+def assert_close_state(
+    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, *, loaded_by_torch: bool = False
+) -> None:
+    """The state dicts agree: keys, dtypes and shapes exactly, numbers within the tolerance of their dtype.
+
+    Loading, torch casts what NAdam and ASGD keep per parameter to the parameter's dtype: with `loaded_by_torch` the
+    dtype of numbers does not count.
+    """
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert set(a) == set(b)
+    assert set(a["state"]) == set(b["state"])
+    for index, kept in b["state"].items():
+        assert set(a["state"][index]) == set(kept), f"state of {index}"
+        for key, value in kept.items():
+            mine = a["state"][index][key]
+            if loaded_by_torch and value.dim() == 0:
+                mine, value = mine.float(), value.float()
+            assert_close(mine, value, f"{key} of {index}", slack=slack(theirs))
+    for group, expected in zip(a["param_groups"], b["param_groups"], strict=True):
+        assert_equal(group, expected, "param_groups")
+
+
+def lockstep(
+    ours: torch.optim.Optimizer,
+    theirs: torch.optim.Optimizer,
+    our_params: Sequence[torch.Tensor],
+    their_params: Sequence[torch.Tensor],
+    steps: Iterable[int] | int = 8,
+    *,
+    missing: bool = False,
+    then: Callable[[int], Any] | None = None,
+    loaded_by_torch: bool = False,
+) -> None:
+    """Step two optimizers with the same gradients; parameters agree after each step, state dicts after the last."""
+    for step in range(steps) if isinstance(steps, int) else steps:
+        drive(ours, our_params, [step], missing=missing)
+        drive(theirs, their_params, [step], missing=missing)
+        assert_close_params(our_params, their_params, f"step {step}:", slack=slack(theirs))
+        if then is not None:
+            then(step)
+    assert_close_state(ours, theirs, loaded_by_torch=loaded_by_torch)
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor in the state, with a name."""
+    for i, kept in enumerate(optimizer.state.values()):
+        for key, value in kept.items():
+            if isinstance(value, torch.Tensor):
+                yield f"{key} of {i}", value
+
+
+def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A deep copy of all that a step may change: parameters, gradients, state, groups."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "params": [p.detach().clone() for p in params],
+        "grads": [None if p.grad is None else p.grad.detach().clone() for p in params],
+        "state": {
+            i: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[p].items()}
+            for i, p in enumerate(params)
+            if p in optimizer.state
+        },
+        "groups": [
+            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+            | {"identities": [id(p) for p in group["params"]]}
+            for group in optimizer.param_groups
+        ],
+    }
