@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/stamp ## compare eight optimizers; the report is out/compare.html
 	$(BIN)/schuss compare --out out
 
+# One thread of torch's for each worker: more would only wait for one another.
 test: .venv/stamp
-	$(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 check: .venv/stamp
 	$(BIN)/ruff format --check

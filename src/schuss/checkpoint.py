@@ -110,5 +110,7 @@ def _copy(value: Any, key: str, p: torch.Tensor) -> Any:
     if key == "step" or (value.dim() == 0 and p.dim() != 0):
         return value.detach().clone()
     copied = value.detach().to(p.device)
+    if copied.layout != torch.strided and p.layout == torch.strided:  # torch's SGD has sparse buffers
+        copied = copied.to_dense()
     like = torch.empty_like(p, dtype=copied.dtype) if copied.shape == p.shape else torch.empty_like(copied)
     return like.copy_(copied).detach()

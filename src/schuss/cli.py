@@ -157,6 +157,7 @@ def show(
     """Print an optimizer's formula, from the rule itself, or the kernel that is generated from it."""
     from schuss import describe
 
+    sys.path.insert(0, "")  # module:Class is looked for in this folder, as `python -m` does
     with bad_values():
         if backend not in (None, "numba", "reference"):
             raise ValueError(f"--backend must be numba or reference, got {backend!r}")
@@ -208,3 +209,7 @@ def _seeds(text: str) -> list[int]:
     if not words or not all(word.isdecimal() for word in words) or text.strip() == "0":
         raise ValueError(f"--seeds must be a count of at least 1 or integers separated by commas, got {text!r}")
     return list(dict.fromkeys(map(int, words))) if "," in text else list(range(int(text)))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ from schuss import optim
 from schuss.bounds import nearest
 from schuss.engine.bucket import kernel_of
 from schuss.engine.numba import STORAGE, real
-from schuss.engine.trace import Expr, Graph, parameters
+from schuss.engine.trace import Expr, Graph, parameters, used
 from schuss.optimizer import Optimizer
 from schuss.rule import Rule
 
@@ -133,7 +133,8 @@ def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sy
     formula, names = rule.trace(variant, pieces)
     written = {str(name): _previous(str(name)) for name in formula.inputs} | {"g": sympy.Symbol("g_t")}
     longer = []
-    for name in names:
+    read = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
+    for name in (n for n in names if n in read):
         value = scalars.get(name, _symbol(name))
         if value.has(sympy.Piecewise) or value.count_ops() > 5:
             longer.append(sympy.Eq(_symbol(name), value, evaluate=False))

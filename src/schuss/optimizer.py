@@ -31,7 +31,8 @@ class Options(TypedDict, total=False):
 
     backend: Backend
     """What runs the formula. "auto" (default): numba for dense CPU tensors, foreach on devices without a compiler of
-    ours, reference (eager torch) for the rest; `optimizer.plan()` tells. A named one is used for every tensor."""
+    ours, reference (eager torch) for the rest; `optimizer.plan()` tells. A named one is used for every tensor with a
+    dense gradient, but in groups with differentiable=True."""
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -77,6 +77,12 @@ class Rule:
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
             raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")
+        known = {"step", "first", "gain", "decoupled", *scalar_states, *defaults}
+        if unknown := [name for name in parameters(scalars) if name not in known]:
+            raise TypeError(
+                f"{owner}.scalars takes {unknown[0]!r}, which is no hyperparameter and no scalar state; it may take "
+                f"{', '.join(sorted(known))}"
+            )
         if missing := [letter for letter in states if letter not in arguments]:
             raise TypeError(f"{owner}.rule does not take its state {missing[0]!r}")
         self.flags = tuple(a for a in arguments[2:] if isinstance(defaults.get(a), bool))
@@ -158,13 +164,19 @@ class Rule:
                 i += 1
         return values | {"gain": columns[i], "decoupled": columns[i + 1]}
 
-    def finish(self, hyper: Mapping[str, Any], kept: Mapping[str, Any], gain: float = 1.0) -> dict[str, Any]:
+    def finish(
+        self, hyper: Mapping[str, Any], kept: Mapping[str, Any], gain: float = 1.0, needed: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
         """All scalars of a step by name: the rule's own, the pieces', and the new scalar states.
 
         Args:
             hyper: what `unpack` returned (floats, float64 arrays with one element per row, or tensors).
             kept: the scalar states before the step, and "first" where the plan marks it.
             gain: what the gradient is multiplied by, beside the sign.
+            needed: the scalars that the formula reads.
+
+        Raises:
+            TypeError: one of them is nowhere.
         """
         values = dict(hyper) | dict(kept)
         if self.has_step:
@@ -176,6 +188,12 @@ class Rule:
             result["decay"] = 1 - values["lr"] * weight_decay * decoupled if "lr" in values else 1.0
         result["weight_decay"] = weight_decay * (1 - decoupled) if self.decay is not None else 0.0
         result["gain"] = values["gain"] * gain
+        for name in needed:
+            if name not in result:
+                raise TypeError(
+                    f"{self.owner}.rule takes {name!r}, which is no state, no hyperparameter, and none of what its "
+                    "scalars return"
+                )
         return result
 
     def pieces(self, hyper: Mapping[str, Any], gain: float = 1.0) -> Pieces:

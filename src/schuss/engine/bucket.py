@@ -105,7 +105,7 @@ class Bucket:
         """Compute what a launch needs, and compile its kernel if there is none; nothing is updated yet."""
         if self._sizes_changed:
             self._plan_sizes()
-        if not self._parts:
+        if not self._updated:
             return
         if not len(self._rows) or not self._loops.gather(*self._per_tensor, self._seen, self._rows):
             self._find_rows()
@@ -121,11 +121,13 @@ class Bucket:
 
     def launch(self) -> None:
         """Update the bucket's tensors that have a gradient, as prepared."""
-        if self._parts:
+        if self._updated:
             assert self._kernel is not None
             increment_version(self._updated)
             address, context = self._kernel[1], self._context_address
-            numba.launch(self._parts, address, context, self._size, self._weight, *self._per_tensor, self._new)
+            numba.launch(
+                numba.parts(self._elements), address, context, self._size, self._weight, *self._per_tensor, self._new
+            )
         self._grads = []
 
     def _plan_sizes(self) -> None:
@@ -135,7 +137,7 @@ class Bucket:
         self._weight = np.zeros(len(self._size) + 1, np.int64)
         np.cumsum((self._size + driver().OVERHEAD) * self.active, out=self._weight[1:])
         self._updated = [p for p, active in zip(self.params, self.active, strict=True) if active]
-        self._parts = numba.parts(int(self._size.sum())) if self._updated else 0
+        self._elements = int(self._size.sum())
         self._sizes_changed = False
 
     def _find_rows(self) -> None:
@@ -169,7 +171,7 @@ class Bucket:
             self._table = np.zeros((len(rows), len(names)), np.float64 if kind == torch.float64 else np.float32)
             self._context[:] = self._address.ctypes.data, self._row_of.ctypes.data, self._table.ctypes.data
         with np.errstate(all="ignore"):
-            scalars = rule.finish(self._columns, kept, gain)
+            scalars = rule.finish(self._columns, kept, gain, needed=names)
             for k, name in enumerate(names):
                 self._table[:, k] = scalars[name]
         for k, name in enumerate(self._scalar_names):

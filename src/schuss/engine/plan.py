@@ -228,7 +228,8 @@ class Plan:
                     hyper = rule.unpack(self._hyper[e.group].tolist())
                     hyper |= {key: group[key] for key in rule.numeric if group[key] is not None}
                 with np.errstate(all="ignore"):
-                    finished[row] = pieces, {n: _item(v) for n, v in rule.finish(hyper, before, gain).items()}
+                    scalars = rule.finish(hyper, before, gain, needed=rule.trace(e.variant, pieces)[1])
+                    finished[row] = pieces, {n: _item(v) for n, v in scalars.items()}
             pieces, scalars = finished[row]
             if e.route.backend == "foreach":
                 key = (e.variant, self._dtypes(optimizer, e), e.p.device, pieces)

@@ -42,7 +42,12 @@ def check_gradient(optimizer: "Optimizer", name: str, p: torch.Tensor, g: torch.
             raise RuntimeError(
                 f"{owner}: weight_decay option is not compatible with sparse gradients, and {name} has one"
             )
-    if group.get("capturable") and p.device.type == "cpu":
+    if group.get("capturable") and p.device.type != "cpu":
+        raise RuntimeError(
+            f"{owner}: capturable=True needs scalars on the device, which no back end has yet: a captured graph would "
+            "repeat this step's bias corrections; use torch.optim for it"
+        )
+    if group.get("capturable"):
         raise AssertionError(
             f"{owner}: If capturable=True, params and state_steps must be on supported devices: "
             f"cuda, xpu, hpu, privateuseone, xla; {name} is on {p.device}"

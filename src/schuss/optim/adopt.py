@@ -78,16 +78,16 @@ class ADOPT(Optimizer):
         return {
             "moves": where(first, 0.0, 1.0),
             "w1": 1 - beta1,
-            "beta2": where(first, 0.0, beta2),
-            "w2": where(first, 1.0, 1 - beta2),
+            "keep": where(first, 0.0, beta2),
+            "take": where(first, 1.0, 1 - beta2),
             "clip": where(clip_exp == clip_exp, (step - 1) ** clip_exp, float("inf")),  # None arrives as NaN
             "decay": where(first, 1.0, 1 - lr * weight_decay * decoupled),
         }
 
     @staticmethod
-    def rule(p, g, m, v, moves, lr, w1, beta2, w2, clip, eps):
+    def rule(p, g, m, v, moves, lr, w1, keep, take, clip, eps):
         u = clamp(g / maximum(sqrt(v), eps), -clip, clip)
         m = where(moves > 0, lerp(m, u, w1), m)
         p = where(moves > 0, p - lr * m, p)
-        v = beta2 * v + w2 * (g * g)
+        v = keep * v + take * (g * g)
         return p, m, v

@@ -17,7 +17,8 @@ class RAdam(Optimizer):
         r = \sqrt{\frac{(\rho_t - 4)(\rho_t - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho_t}}
 
     While ρ is at most 5 the step is γ m / (1 - β₁ᵗ), not divided by anything: with the default betas the first five
-    steps are as large as the gradients. So do torch and the authors' code, whose paper says 4.
+    steps are as large as the gradients. So does torch; the authors' code by default leaves these steps out. Both use 5
+    where the paper says 4.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups as dicts.
