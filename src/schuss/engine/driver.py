@@ -7,12 +7,13 @@ Loaded through `schuss.engine.cache`, so that its machine code lies in the same 
 
 from numba import float32, float64, int64, njit, prange
 
-from schuss.engine.native import c_call_status, c_call_word, call_kernel, load, store
+from schuss.engine.native import c_call_status, c_call_word, call_kernel, load, prefetch, store
 
 # Functions that only compiled code calls have no wrapper for Python: they compile in half the time.
 inner = njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 CHUNK = 16384  # elements of a tensor that one kernel call updates: p, g and two states of it stay in a core's cache
+AHEAD = 4  # tensors that memory is asked for before they are looked at
 OVERHEAD = 512  # what starting a tensor costs, in elements, so that threads get equal work from small tensors too
 
 
@@ -137,6 +138,14 @@ def _same_layout(api, handle, layout, begin, end, scratch, out):
     return True
 
 
+@inner
+def _prefetch_tensor(address):
+    """The C++ object that a handle points to: three cache lines."""
+    prefetch(address)
+    prefetch(address + 64)
+    prefetch(address + 128)
+
+
 @njit(cache=True)
 def unchanged(
     api, scratch, out, none, tensor_type, handle_offset, grads, params, objects, dicts, keys, address, scalar_address,
@@ -166,7 +175,24 @@ def unchanged(
     """
     states = address.shape[1] - 2
     pattern = 0
-    for t in range(address.shape[0]):
+    count = address.shape[0]
+    for t in range(count):
+        # These objects lie all over memory: ask for those of tensors to come while this one is looked at.
+        if t + 2 * AHEAD < count:
+            soon = t + 2 * AHEAD
+            prefetch(params[soon] + handle_offset)
+            prefetch(c_call_word(api[0], grads, soon) + handle_offset)
+            for k in range(len(keys)):
+                prefetch(objects[soon, k] + handle_offset)
+                prefetch(dicts[soon])
+        if t + AHEAD < count:
+            soon = t + AHEAD
+            _prefetch_tensor(load(params[soon] + handle_offset, int64))
+            grad = c_call_word(api[0], grads, soon)
+            if grad != none:
+                _prefetch_tensor(load(grad + handle_offset, int64))
+            for k in range(len(keys)):
+                _prefetch_tensor(load(objects[soon, k] + handle_offset, int64))
         handle = params[t] + handle_offset
         c_call_status(api[2], handle, out)
         if scratch[0] != address[t, 0]:

@@ -41,6 +41,21 @@ def load(typing_context, address, dtype):
 
 
 @intrinsic
+def prefetch(typing_context, address):
+    """Begin to bring what lies at the int64 `address` into the cache; a hint, for any address."""
+    signature = types.void(address)
+
+    def generate(context, builder, signature, args):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        hint = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        builder.call(hint, [builder.inttoptr(args[0], byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
 def store(typing_context, address, value):
     """Write `value` at the int64 `address`."""
     signature = types.void(address, value)
