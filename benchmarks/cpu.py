@@ -4,7 +4,8 @@
 
 Each comparison alternates schuss and torch step by step in one process and takes medians; figures of different rows
 are minutes apart on a machine that may be busy, ratios within a row are not. The bandwidth limit is an in-place
-`a += s * b` over the same number of bytes, measured between the steps of the same row.
+`a += s * b` over the same number of bytes, measured between the steps of the same row. The optimizers of a row update
+the same parameters with the same gradients; each has its own state.
 """
 
 import argparse
@@ -120,8 +121,10 @@ def rules_table(which: str, dtype: torch.dtype, only: list[str], seconds: float)
             continue
         cls = getattr(optim, CLASSES.get(name, name.split()[0]))
 
-        def make() -> list[torch.nn.Parameter]:
-            return parameters(shapes, dtype)
+        shared = parameters(shapes, dtype)  # where tensors happen to lie in memory must not decide
+
+        def make(shared: list[torch.nn.Parameter] = shared) -> list[torch.nn.Parameter]:
+            return shared
 
         ours = cls(make(), **settings)
         variants = torch_variants(name, settings, make)
