@@ -39,10 +39,9 @@ class Bucket:
         ]
         first_grad = next((p.grad for p in self.params if p.grad is not None), None)
         grad_dtype = self.params[0].dtype if first_grad is None else first_grad.dtype
-        self._dtypes = {"p": self.params[0].dtype, "g": grad_dtype} | {
-            n: t.dtype for n, t in zip(letters, self._tensors[0], strict=False)
-        }
-        self._dtypes = {n: numba.real(d) for n, d in self._dtypes.items()}
+        state_dtypes = [tensor.dtype for tensor in self._tensors[0][: len(letters)]]
+        dtypes = zip(("p", "g", *letters), (self.params[0].dtype, grad_dtype, *state_dtypes), strict=True)
+        self._dtypes = {letter: numba.real(dtype) for letter, dtype in dtypes}
 
         count, states = len(self.params), len(names)
         self._address = np.zeros((count, 2 + states), np.int64)
@@ -131,11 +130,9 @@ class Bucket:
         self._grads = []
 
     def _plan_sizes(self) -> None:
-        from schuss.engine.numba import driver
-
         self._size = self._numel * self.active
         self._weight = np.zeros(len(self._size) + 1, np.int64)
-        np.cumsum((self._size + driver().OVERHEAD) * self.active, out=self._weight[1:])
+        np.cumsum((self._size + self._loops.OVERHEAD) * self.active, out=self._weight[1:])
         self._updated = [p for p, active in zip(self.params, self.active, strict=True) if active]
         self._elements = int(self._size.sum())
         self._sizes_changed = False
