@@ -24,14 +24,16 @@ bench: .venv/stamp
 	$(BIN)/python benchmarks/cpu.py
 
 # Keeps every pinned version that pyproject.toml still allows; `make lock UPGRADE=1` takes the newest of everything.
-# Left out is what torch pins itself for its CUDA build, so that the lock also fits a build of torch without CUDA.
+# Left out is what torch pins itself for its CUDA build, so that the lock also fits a build of torch without CUDA. But
+# for Triton, which the tests need everywhere: it must be the version that this torch's CUDA build pins.
+TRITON := triton==3.7.1
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet $(if $(UPGRADE),,--constraint requirements.lock) --editable '.[lab,dev]'
+	.venv-lock/bin/pip install --quiet '$(TRITON)' $(if $(UPGRADE),,--constraint requirements.lock) --editable '.[lab,dev]'
 	{ echo '# Written by `make lock` for `pip install -r`; the packages of .[lab,dev] and all that they need.'; \
 	  .venv-lock/bin/pip freeze --all --exclude pip --exclude-editable \
-	  | sed -E -e '/^(nvidia|cuda|triton)\b/d' -e 's/^(torch==[^+]*)\+.*/\1/'; } > requirements.lock.new
+	  | sed -E -e '/^(nvidia|cuda)\b/d' -e 's/^(torch==[^+]*)\+.*/\1/' -e "s/^triton==.*/&; platform_system == 'Linux'/"; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	rm -rf .venv-lock
 

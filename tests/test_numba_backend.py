@@ -41,8 +41,8 @@ ADAMW = '''\
 """schuss.optim.adam.AdamW
 
 One pass over p: float32, g: float32, m: float32, v: float32; computed in float32.
-context: addresses of the table of data pointers [tensor, 4], of each tensor's row, and of the
-rows of scalars (decay, w1, beta2, w2, step_size, c2, eps).
+context: addresses of the table of data pointers [tensor, 4], of each tensor's row, and of
+the rows of scalars (decay, w1, beta2, w2, step_size, c2, eps).
 """
 
 import numpy as np

@@ -1,4 +1,8 @@
-"""Loading an optimizer's state: checked whole before anything is changed, matched by name where there are names."""
+"""An optimizer's state, saved and loaded.
+
+Loading checks all before anything is changed, matches by name where there are names, and stores each state as the
+optimizer's `state_dtype` says, whatever it was saved as.
+"""
 
 import warnings
 from collections import defaultdict
@@ -8,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.optimizer import StateDict
+
+from schuss.engine.state import COMPENSATION, blocks, chosen, find, keys_of, make, parameter_storage
+from schuss.engine.watch import significant_strides
 
 if TYPE_CHECKING:
     from schuss.optimizer import Optimizer
@@ -38,7 +45,7 @@ def load(optimizer: "Optimizer", state_dict: StateDict, *, strict: bool) -> None
     for _, p, index in source:
         known.add(index)
         if index in saved_state:
-            state[p] = {key: _copy(value, key, p) for key, value in saved_state[index].items()}
+            state[p] = _stored(optimizer, p, saved_state[index])
     for key, value in saved_state.items():
         if key not in known and not isinstance(key, int):
             state[key] = deepcopy(value)
@@ -94,13 +101,66 @@ def _by_name(owner: str, saved: Any, groups: Any, *, strict: bool) -> list[tuple
 
 
 def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str, Any]) -> None:
-    for state in optimizer._rule.states.values():
-        value = kept.get(state.name)
-        if isinstance(value, torch.Tensor) and value.shape != p.shape:
+    owner = type(optimizer).__name__
+
+    def check(key: str, shape: tuple[int, ...]) -> None:
+        value = kept.get(key)
+        if isinstance(value, torch.Tensor) and value.shape != shape:
             raise ValueError(
-                f"{type(optimizer).__name__}: {state.name!r} of {name} has the shape {tuple(value.shape)} in the "
-                f"loaded state dict, its parameter has {tuple(p.shape)}"
+                f"{owner}: {key!r} of {name} has the shape {tuple(value.shape)} in the loaded state dict, "
+                f"its parameter, {tuple(p.shape)}, needs {tuple(shape)}"
             )
+
+    for state in optimizer._rule.states.values():
+        codes, absmax = f"{state.name}_codes", f"{state.name}_absmax"
+        check(state.name, p.shape)
+        check(codes, p.shape)
+        check(absmax, (blocks(p),))
+        if (codes in kept) != (absmax in kept):
+            there, missing = (codes, absmax) if codes in kept else (absmax, codes)
+            raise ValueError(f"{owner}: the loaded state dict has {there!r} of {name}, but no {missing!r}")
+
+
+@torch.no_grad()
+def _stored(optimizer: "Optimizer", p: torch.Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's saved state, copied, as this optimizer stores it."""
+    kept = {key: _copy(value, key, p) for key, value in saved.items()}
+    if not parameter_storage(optimizer, p).kahan:
+        kept.pop(COMPENSATION, None)
+    for state in optimizer._rule.states.values():
+        cell = find(saved, state.name)
+        if cell is None:
+            continue
+        storage, _ = chosen(optimizer, p, state)
+        if state.name not in optimizer._options.state_dtype:
+            storage = cell.storage
+        moved = storage.blockwise and significant_strides(cell.values) != significant_strides(p)
+        if cell.storage != storage or moved:  # blocks are of neighbours in memory, which may be others here
+            new, tensors = make(state.name, storage, p)
+            new.write(cell.read(torch.float32 if storage.dtype != torch.float64 else torch.float64).to(p.device))
+            for key in keys_of(state.name, cell.storage):
+                del kept[key]
+            kept |= tensors
+    return kept
+
+
+@torch.no_grad()
+def portable(optimizer: "Optimizer", state_dict: StateDict) -> StateDict:
+    """`state_dict` as torch.optim's namesake loads it: values instead of codes, and no state that only schuss has."""
+    rule, entries = optimizer._rule, {}
+    for index, kept in state_dict["state"].items():
+        plain = {key: value for key, value in kept.items() if key != COMPENSATION}
+        if not optimizer.has_step:
+            plain.pop("step", None)
+        for state in rule.states.values():
+            cell = find(kept, state.name)
+            if cell is not None and cell.storage.blockwise:
+                for key in keys_of(state.name, cell.storage):
+                    del plain[key]
+                plain[state.name] = cell.read(torch.float32)
+        if plain:
+            entries[index] = plain
+    return {**state_dict, "state": entries}
 
 
 def _copy(value: Any, key: str, p: torch.Tensor) -> Any:

@@ -12,8 +12,9 @@ import torch
 
 from schuss import optim
 from schuss.bounds import nearest
-from schuss.engine.bucket import kernel_of
-from schuss.engine.numba import STORAGE, real
+from schuss.engine.bucket import scalars_of
+from schuss.engine.numba_kernel import ELEMENTS, kernel_source
+from schuss.engine.storage import Storage, real
 from schuss.engine.trace import Expr, Graph, parameters, used
 from schuss.optimizer import Optimizer
 from schuss.rule import Rule
@@ -83,8 +84,9 @@ def kernel(cls: type[Optimizer], settings: Mapping[str, Any], dtype: torch.dtype
     variant = rule.variant(group)
     pieces = rule.pieces(rule.unpack(rule.numbers(group)))
     letters = [n for n, there in rule.letters(variant).items() if there]
-    dtypes = dict.fromkeys(("p", "g", *letters), real(dtype))
-    return kernel_of(f"{cls.__module__}.{cls.__name__}", rule, variant, pieces, dtypes)[0]
+    layout = dict.fromkeys(("p", "g", *letters), Storage(real(dtype)))
+    formula, scalars = scalars_of(rule, variant, pieces, layout)
+    return kernel_source(f"{cls.__module__}.{cls.__name__}", formula, scalars, layout)
 
 
 def show(
@@ -102,7 +104,7 @@ def show(
         TypeError: a hyperparameter that the optimizer does not have.
     """
     if backend == "numba":
-        kinds = {str(d).removeprefix("torch."): d for d in (*STORAGE, torch.complex64, torch.complex128)}
+        kinds = {str(d).removeprefix("torch."): d for d in (*ELEMENTS, torch.complex64, torch.complex128)}
         if dtype not in kinds:
             raise ValueError(f"no kernel for dtype {dtype!r}: {nearest(dtype, kinds)}")
         return kernel(cls, settings, kinds[dtype]).rstrip()

@@ -86,7 +86,7 @@ class Operand:
         raise TypeError("a rule sees one element at a time: it cannot unpack or iterate over an array")
 
 
-def _word(on_tensors: Callable[..., Any], on_numbers: Callable[..., Any]) -> Callable[..., Any]:
+def word(on_tensors: Callable[..., Any], on_numbers: Callable[..., Any] | None = None) -> Callable[..., Any]:
     """A word that dispatches on its arguments."""
     name = on_tensors.__name__
 
@@ -94,7 +94,7 @@ def _word(on_tensors: Callable[..., Any], on_numbers: Callable[..., Any]) -> Cal
         for arg in args:
             if isinstance(arg, Operand):
                 return arg.__formula__(name, args)
-        if any(isinstance(arg, torch.Tensor) for arg in args):
+        if on_numbers is None or any(isinstance(arg, torch.Tensor) for arg in args):
             return on_tensors(*args)
         return on_numbers(*args)
 
@@ -107,8 +107,8 @@ def _of_two(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
     def chosen(a: Any, b: Any) -> torch.Tensor:
         if not isinstance(a, torch.Tensor):
-            a = b.new_tensor(a)
-        return choose(a, b if isinstance(b, torch.Tensor) else a.new_tensor(b))
+            a = b.new_full((), a)
+        return choose(a, b if isinstance(b, torch.Tensor) else a.new_full((), b))
 
     chosen.__name__ = choose.__name__
     return chosen
@@ -117,7 +117,7 @@ def _of_two(choose: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def _choice(condition: torch.Tensor, yes: Any, no: Any) -> torch.Tensor:
     """`torch.where`, which would round two Python numbers to torch's default dtype."""
     if not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor):
-        yes = torch.tensor(yes, dtype=torch.float64, device=torch.as_tensor(condition).device)
+        yes = torch.full((), yes, dtype=torch.float64, device=torch.as_tensor(condition).device)
     return torch.where(torch.as_tensor(condition), yes, no)
 
 
@@ -136,21 +136,21 @@ def _towards(choose: Callable[..., Any]) -> Callable[..., Any]:
     return lerp
 
 
-sqrt = _word(torch.sqrt, np.sqrt)
+sqrt = word(torch.sqrt, np.sqrt)
 sqrt.__doc__ = "The square root."
-absolute = _word(torch.absolute, np.abs)
+absolute = word(torch.absolute, np.abs)
 absolute.__doc__ = "The absolute value; `abs(x)` says the same."
-sign = _word(torch.sign, lambda x: 1.0 * (np.asarray(x) > 0) - 1.0 * (np.asarray(x) < 0))
+sign = word(torch.sign, lambda x: 1.0 * (np.asarray(x) > 0) - 1.0 * (np.asarray(x) < 0))
 sign.__doc__ = "1, 0 or -1; 0 for NaN, as in torch."
-maximum = _word(_of_two(torch.maximum), np.maximum)
+maximum = word(_of_two(torch.maximum), np.maximum)
 maximum.__doc__ = "The larger of two; NaN if either is NaN."
-minimum = _word(_of_two(torch.minimum), np.minimum)
+minimum = word(_of_two(torch.minimum), np.minimum)
 minimum.__doc__ = "The smaller of two; NaN if either is NaN."
-where = _word(_choice, np.where)
+where = word(_choice, np.where)
 where.__doc__ = "`where(condition, yes, no)`: elementwise choice. What is not chosen has no influence, NaN included."
-lerp = _word(_towards(torch.where), _towards(np.where))
+lerp = word(_towards(torch.where), _towards(np.where))
 lerp.__doc__ = "`lerp(a, b, weight)`: a moved towards b, a + weight (b - a); from b's side where weight is 0.5 or more."
-logical_and = _word(torch.logical_and, np.logical_and)
+logical_and = word(torch.logical_and, np.logical_and)
 logical_and.__doc__ = "Both conditions hold."
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch._compile import _disable_dynamo
@@ -10,29 +10,19 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from schuss import bounds
 from schuss.engine.process import uninterrupted
+from schuss.options import Options, Settings
 from schuss.rule import Rule, State
 
 if TYPE_CHECKING:
     from schuss.engine.plan import Plan
 
-__all__ = ["BACKENDS", "Backend", "Optimizer", "Options"]
+__all__ = ["Number", "Optimizer", "Options"]
 
 Number = float | torch.Tensor
-Backend = Literal["auto", "numba", "foreach", "reference"]
-BACKENDS = ("auto", "numba", "foreach", "reference")
 
 
 def _no_scalars() -> Mapping[str, Any]:
     return {}
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments that every schuss optimizer takes beside its own."""
-
-    backend: Backend
-    """What runs the formula. "auto" (default): numba for dense CPU tensors, foreach on devices without a compiler of
-    ours, reference (eager torch) for the rest; `optimizer.plan()` tells. A named one is used for every tensor with a
-    dense gradient, but in groups with differentiable=True."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -77,19 +67,16 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler leaves the unscaling, and skipping a bad step, to `step`
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Any) -> None:
-        known = (*_own_arguments(type(self)), *Options.__annotations__)
-        for name in options:
-            if name not in Options.__annotations__:
-                raise TypeError(f"{type(self).__name__}: unknown argument {name!r}; {bounds.nearest(name, known)}")
-        backend = options.get("backend", "auto")
-        if backend not in BACKENDS:
-            raise ValueError(f"{type(self).__name__}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-        self._backend: Backend = backend
+        states = {s if isinstance(s, str) else s.name for s in type(self).states.values()}
+        self._options = Settings.parse(type(self).__name__, options, states, own=_own_arguments(type(self)))
         self._plan: Plan | None = None
-        self._rule = type(self).declared(defaults)
+        self._rule = self._declare(defaults)
         self._check(defaults)
         super().__init__(params, defaults)
-        if backend in ("auto", "numba") and any(p.device.type == "cpu" for g in self.param_groups for p in g["params"]):
+        self._options.check_parameters(type(self).__name__, [p for g in self.param_groups for p in g["params"]])
+        if self._options.backend in ("auto", "numba") and any(
+            p.device.type == "cpu" for g in self.param_groups for p in g["params"]
+        ):
             from schuss.engine.numba import prepare
 
             prepare()
@@ -99,6 +86,11 @@ class Optimizer(torch.optim.Optimizer):
         """What this class declares, as the engine reads it."""
         states = {n: s if isinstance(s, State) else State(s) for n, s in cls.states.items()}
         return Rule(cls.__name__, cls.rule, cls.scalars, states, cls.scalar_states, cls.has_step, cls.decay, defaults)
+
+    def _declare(self, defaults: Mapping[str, Any]) -> Rule:
+        """The rule of this optimizer. Its random bits are keyed by the step, which must be kept then."""
+        rule = type(self).declared(defaults)
+        return rule.counting() if self._options.rounding == "stochastic" else rule
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -134,14 +126,18 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf: torch.Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return loss
+        skip: torch.Tensor | None = getattr(self, "found_inf", None)
         scale: torch.Tensor | float | None = getattr(self, "grad_scale", None)
-        gain = 1.0 if scale is None else 1.0 / bounds.number(scale)
+        gain: float | torch.Tensor = 1.0
+        if all(group.get("capturable") for group in self.param_groups):  # the host need not know: it does not wait
+            gain = 1.0 if scale is None else 1.0 / torch.as_tensor(scale, dtype=torch.float64)
+        elif skip is not None and skip.item():
+            return loss
+        else:
+            skip, gain = None, 1.0 if scale is None else 1.0 / bounds.number(scale)
         try:
-            if self._plan is None or not self._plan.is_current(self) or not self._plan.run(self, gain):
-                self._plan_and_run(gain)
+            if self._plan is None or not self._plan.is_current(self) or not self._plan.run(self, gain, skip):
+                self._plan_and_run(gain, skip)
         except BaseException:
             self._plan = None  # whatever it was in the middle of, the next step looks afresh
             raise
@@ -170,6 +166,18 @@ class Optimizer(torch.optim.Optimizer):
                 self._make_state(p, self.param_groups[-1])
         self._plan = None
 
+    def state_dict(self, *, portable: bool = False) -> StateDict:
+        """The state as a dict that `load_state_dict` of this class, or of its torch.optim namesake, takes.
+
+        Args:
+            portable: write values for 8-bit states, and leave out what only schuss keeps, so that torch.optim can
+                load it. Without it 8-bit states are saved as they are, which torch.optim takes for missing.
+        """
+        from schuss.checkpoint import portable as make_portable
+
+        state_dict = super().state_dict()
+        return make_portable(self, state_dict) if portable else state_dict
+
     def load_state_dict(self, state_dict: StateDict, *, strict: bool = True) -> None:
         """Load what `state_dict` returned, of this optimizer or of its torch.optim namesake.
 
@@ -189,13 +197,13 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_backend": self._backend}
+        return super().__getstate__() | {"_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_backend", "auto")
+        self.__dict__.setdefault("_options", Settings())
         self._plan = None
-        self._rule = type(self).declared(self.defaults)
+        self._rule = self._declare(self.defaults)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -223,9 +231,10 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together.")
         if group.get("fused") and group.get("differentiable"):
             raise RuntimeError(f"{owner}: `fused` does not support `differentiable`")
+        self._options.check_exact(owner, self._rule.states.values(), group)
         self.check_group(group)
 
-    def _plan_and_run(self, gain: float) -> None:
+    def _plan_and_run(self, gain: float | torch.Tensor, skip: torch.Tensor | None) -> None:
         from schuss.engine.plan import Plan
 
         made: list[tuple[torch.Tensor, set[str]]] = []
@@ -233,7 +242,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             with uninterrupted():
                 plan = self._plan = Plan(self, made)
-                if not plan.run(self, gain):
+                if not plan.run(self, gain, skip):
                     raise AssertionError("something changed while a step was planned; please report this")
         except BaseException:
             for p, before in made:  # state that has never been stepped would pass for state that has
@@ -244,22 +253,35 @@ class Optimizer(torch.optim.Optimizer):
                         del self.state[p]
             raise
 
+    def _place_scalars(self, p: torch.Tensor) -> None:
+        """Move a parameter's numbers to its device, where a captured step reads them."""
+        kept = self.state[p]
+        for name in self._rule.scalar_states:
+            kept[name] = kept[name].to(p.device)
+
+    @torch.no_grad()
     def _make_state(self, p: torch.Tensor, group: Mapping[str, Any]) -> None:
         """Add to `self.state[p]` what is missing there."""
+        from schuss.engine.state import COMPENSATION, chosen, find, make, parameter_storage
+
         rule, kept = self._rule, self.state[p]
 
         def initial(value: float | str) -> float:
             return bounds.number(group[value] if isinstance(value, str) else value)
 
+        has_stepped = any(find(kept, state.name) for state in rule.states.values())
         for name, value in rule.scalar_states.items():
             if kept.get(name) is None:
-                kept[name] = torch.tensor(initial(value), dtype=_scalar_dtype())
+                # The state of a rule that keeps no step, of torch's say, has been stepped, nobody knows how often.
+                known = float(has_stepped) if name == "step" and not self.has_step else initial(value)
+                kept[name] = torch.tensor(known, dtype=_scalar_dtype())
         for state in rule.states.values():
-            if kept.get(state.name) is None and state.exists(group):
-                value = initial(state.init)
-                kept[state.name] = torch.full_like(
-                    p, complex(value, value) if p.is_complex() else value, memory_format=torch.preserve_format
-                ).detach()
+            if state.exists(group) and find(kept, state.name) is None:
+                cell, tensors = make(state.name, chosen(self, p, state)[0], p)
+                cell.write(torch.full_like(cell.read(torch.float64), initial(state.init)))
+                kept.update(tensors)
+        if parameter_storage(self, p).kahan and kept.get(COMPENSATION) is None:
+            kept[COMPENSATION] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()
 
 
 def _scalar_dtype() -> torch.dtype:

@@ -1,6 +1,7 @@
 """What a rule says of itself, as data: its states, and what the engine derives from its functions' signatures."""
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,15 +25,24 @@ class State:
         name: its name in `optimizer.state[p]` and in checkpoints.
         init: what it starts as: a number, or the name of a hyperparameter.
         when: the hyperparameter that must be true or non-zero for the state to exist; None: it always exists.
+        nonnegative: it is never negative, so that 8-bit codes need no sign.
+        exact: 8 bits would break the rule, since small differences of the state decide what happens: True, or the name
+            of the hyperparameter that makes it so.
     """
 
     name: str
     init: float | str = 0.0
     when: str | None = None
+    nonnegative: bool = False
+    exact: bool | str = False
 
     def exists(self, group: Mapping[str, Any]) -> bool:
         """Whether a parameter of this group has the state."""
         return self.when is None or bool(group[self.when])
+
+    def must_be_exact(self, group: Mapping[str, Any]) -> bool:
+        """Whether the state of a parameter of this group cannot be stored in 8 bits."""
+        return bool(group[self.exact] if isinstance(self.exact, str) else self.exact)
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,14 @@ class Rule:
             start = max((c.stop for c in self.columns.values()), default=0)
             self.columns[key] = slice(start, start + (2 if key in self.pairs else 1))
 
+    def counting(self) -> "Rule":
+        """This rule with a `step` for every parameter, if it keeps none: random bits are keyed by it."""
+        if self.has_step:
+            return self
+        rule = copy(self)
+        rule.has_step, rule.scalar_states = True, {"step": 0.0, **self.scalar_states}
+        return rule
+
     @cached_property
     def _scalar_arguments(self) -> tuple[str, ...]:
         return parameters(self.scalars)
@@ -144,8 +162,8 @@ class Rule:
         return key in self.flags or key in ENGINE_KEYS or any(state.when == key for state in self.states.values())
 
     def numbers_of(self, key: str, value: Any) -> list[float]:
-        """A numeric hyperparameter as float64 numbers: two for a pair; None becomes NaN."""
-        return [number(v) for v in value] if key in self.pairs else [np.nan if value is None else number(value)]
+        """A numeric hyperparameter as float64 numbers: two for a pair. NaN for None, and for what is on a device."""
+        return [_known(v) for v in (value if key in self.pairs else (value,))]
 
     def numbers(self, group: Mapping[str, Any]) -> list[float]:
         """A group's numeric hyperparameters, and what the engine needs of it, as one row of float64."""
@@ -165,7 +183,7 @@ class Rule:
         return values | {"gain": columns[i], "decoupled": columns[i + 1]}
 
     def finish(
-        self, hyper: Mapping[str, Any], kept: Mapping[str, Any], gain: float = 1.0, needed: tuple[str, ...] = ()
+        self, hyper: Mapping[str, Any], kept: Mapping[str, Any], gain: Any = 1.0, needed: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         """All scalars of a step by name: the rule's own, the pieces', and the new scalar states.
 
@@ -204,9 +222,15 @@ class Rule:
         return Pieces(
             gain=bool(np.any(_array(hyper["gain"]) * gain != 1)),
             l2=bool(np.any(used & ~decoupled)),
-            l2_everywhere=bool(np.all(used & ~decoupled)),
+            l2_everywhere=bool(np.all(used & ~decoupled & (weight_decay == weight_decay))),
             decay=bool(np.any(used & decoupled)),
         )
+
+
+def _known(value: Any) -> float:
+    """A number that can be read without waiting for a device."""
+    unknown = value is None or (isinstance(value, torch.Tensor) and value.device.type != "cpu")
+    return np.nan if unknown else number(value)
 
 
 def _array(value: Any) -> np.ndarray[Any, Any]:

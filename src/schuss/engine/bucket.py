@@ -1,6 +1,8 @@
-"""A launch of the CPU back end: its tables of addresses and scalars, kept from step to step."""
+"""A launch: its tables of addresses and scalars, kept from step to step."""
 
-from collections.abc import Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,8 +10,11 @@ import torch
 from torch.autograd.graph import increment_version
 
 from schuss.engine import numba
+from schuss.engine.numba_kernel import kernel_source
 from schuss.engine.pieces import Pieces
-from schuss.engine.route import state_of
+from schuss.engine.state import COMPENSATION, kept_by, keys_of
+from schuss.engine.storage import Layout, compute_dtype, stream
+from schuss.engine.trace import Formula
 from schuss.engine.watch import INSIDE, OTHERS, Watched, watch
 from schuss.rule import Rule, Variant
 
@@ -20,18 +25,54 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-class Bucket:
-    """Tensors that one launch updates: one form of the rule, one set of dtypes, any number of groups."""
+@dataclass(frozen=True)
+class Step:
+    """What a step brings with it, beside the tensors.
 
-    def __init__(self, rule: Rule, optimizer: "Optimizer", entries: "list[Entry]", fresh: set[int]) -> None:
+    Args:
+        hyper: [group, column] hyperparameters as `Rule.numbers` packs them; NaN for those that are on a device.
+        live: column -> each group's hyperparameter that is a tensor on a device, or None.
+        gain: what every gradient is multiplied by.
+        skip: a number on the device; if it is not 0, the step changes nothing.
+    """
+
+    hyper: Array
+    live: Mapping[int, Sequence[torch.Tensor | None]]
+    gain: float | torch.Tensor = 1.0
+    skip: torch.Tensor | None = None
+
+
+class Bucket(ABC):
+    """Tensors that one launch updates: one form of the rule, stored alike, in any number of groups.
+
+    Args:
+        rule: what updates them.
+        optimizer: whose tensors they are.
+        entries: the tensors.
+        layout: how they are stored; of g, its dtype.
+        fresh: the identities of those whose state was made just now.
+    """
+
+    on_device = False
+    """Whether a step's numbers are computed on the tensors' device."""
+
+    def __init__(
+        self, rule: Rule, optimizer: "Optimizer", entries: "list[Entry]", layout: Layout, fresh: set[int]
+    ) -> None:
         loops = numba.driver()
-        self._rule, self._variant, self._loops = rule, entries[0].variant, loops
+        self._rule, self._variant, self._loops, self._layout = rule, entries[0].variant, loops, layout
         self._title = f"{type(optimizer).__module__}.{type(optimizer).__name__}"
         self.params = [e.p for e in entries]
-        self._kept = [state_of(optimizer, p) for p in self.params]
-        letters = [n for n, there in rule.letters(self._variant).items() if there]
-        names = [rule.states[n].name for n in letters]
-        keys = (*names, *rule.scalar_states)
+        self._kept = [kept_by(optimizer, p) for p in self.params]
+        columns = [
+            key
+            for letter, storage in layout.items()
+            if letter in rule.states
+            for key in keys_of(rule.states[letter].name, storage)
+        ]
+        if layout["p"].kahan:
+            columns.append(COMPENSATION)
+        keys = (*columns, *rule.scalar_states)
         self._tensors = [[kept[key] for key in keys] for kept in self._kept]
         # A tensor's storage is held, not only the tensor: an address in the table is never one of freed memory.
         self._storages = [
@@ -39,11 +80,8 @@ class Bucket:
         ]
         first_grad = next((p.grad for p in self.params if p.grad is not None), None)
         grad_dtype = self.params[0].dtype if first_grad is None else first_grad.dtype
-        state_dtypes = [tensor.dtype for tensor in self._tensors[0][: len(letters)]]
-        dtypes = zip(("p", "g", *letters), (self.params[0].dtype, grad_dtype, *state_dtypes), strict=True)
-        self._dtypes = {letter: numba.real(dtype) for letter, dtype in dtypes}
 
-        count, states = len(self.params), len(names)
+        count, states = len(self.params), len(columns)
         self._address = np.zeros((count, 2 + states), np.int64)
         self._address[:, 0] = [p.data_ptr() for p in self.params]
         marked = int(rule.marks_first)
@@ -66,10 +104,9 @@ class Bucket:
         self._rows = np.zeros((0, 0))
         self._finished = np.zeros((0, 0))  # the rows that the table of scalars was computed from
         self._table = np.zeros((0, 0))
-        self._context = np.zeros(3, np.int64)
-        self._context_address = self._context.ctypes.data
+        self._streams = np.array([stream(optimizer._options.seed, e.position) for e in entries], np.uint64)
         self._per_tensor = (self._scalar_address, self._is_double, self.active, self._row_of)
-        self._kernel: tuple[Pieces, int, tuple[str, ...]] | None = None
+        self._kernel: tuple[Pieces, Any, tuple[str, ...]] | None = None
         # Gradients that can be lazy though they are dense: autograd hands on views of complex tensors as they are.
         self._lazy = [t for t, p in enumerate(self.params) if p.is_complex() or p.numel() == 1]
         self.hyper_changed = self.pieces_changed = True
@@ -100,7 +137,7 @@ class Bucket:
             self._sizes_changed = True
         return result
 
-    def prepare(self, hyper: Array, gain: float) -> None:
+    def prepare(self, step: Step) -> None:
         """Compute what a launch needs, and compile its kernel if there is none; nothing is updated yet."""
         if self._sizes_changed:
             self._plan_sizes()
@@ -108,8 +145,9 @@ class Bucket:
             return
         if not len(self._rows) or not self._loops.gather(*self._per_tensor, self._seen, self._rows):
             self._find_rows()
-        if self.hyper_changed or gain != self._gain or not np.array_equal(self._rows, self._finished):
-            self._finish(hyper, gain)
+        assert isinstance(step.gain, float)
+        if self.hyper_changed or step.gain != self._gain or not np.array_equal(self._rows, self._finished):
+            self._finish(step.hyper, step.gain)
 
     def has_run(self, p: torch.Tensor) -> bool:
         """Whether a parameter is not one of these, or has been updated since its state was made."""
@@ -123,11 +161,16 @@ class Bucket:
         if self._updated:
             assert self._kernel is not None
             increment_version(self._updated)
-            address, context = self._kernel[1], self._context_address
-            numba.launch(
-                numba.parts(self._elements), address, context, self._size, self._weight, *self._per_tensor, self._new
-            )
+            self._run(self._kernel[1])
         self._grads = []
+
+    @abstractmethod
+    def _run(self, kernel: Any) -> None:
+        """Launch the kernel, and write the new per-tensor scalars."""
+
+    @abstractmethod
+    def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> Any:
+        """The kernel of a formula."""
 
     def _plan_sizes(self) -> None:
         self._size = self._numel * self.active
@@ -157,16 +200,15 @@ class Bucket:
         if self.pieces_changed or gain != self._gain:
             pieces = rule.pieces(self._columns, gain)
             if self._kernel is None or self._kernel[0] != pieces:
-                self._kernel = (pieces, *self._compile(pieces))
+                self._kernel = (pieces, *self._kernel_of(pieces))
         assert self._kernel is not None
         kept = dict(zip(self._scalar_names, rows.T, strict=True))
         if rule.marks_first:
             kept["first"] = kept["first"] != 0
         names = self._kernel[2]
         if self._table.shape != (len(rows), len(names)):
-            kind = numba.compute_dtype(tuple(self._dtypes.values()))
-            self._table = np.zeros((len(rows), len(names)), np.float64 if kind == torch.float64 else np.float32)
-            self._context[:] = self._address.ctypes.data, self._row_of.ctypes.data, self._table.ctypes.data
+            kind = np.float64 if compute_dtype(self._layout) == torch.float64 else np.float32
+            self._table = np.zeros((len(rows), len(names)), kind)
         with np.errstate(all="ignore"):
             scalars = rule.finish(self._columns, kept, gain, needed=names)
             for k, name in enumerate(names):
@@ -176,9 +218,25 @@ class Bucket:
         self._finished = rows.copy()
         self.hyper_changed, self.pieces_changed, self._gain = False, False, gain
 
-    def _compile(self, pieces: Pieces) -> tuple[int, tuple[str, ...]]:
-        source, scalars = kernel_of(self._title, self._rule, self._variant, pieces, self._dtypes)
-        return numba.kernel_address(self._rule.owner.lower(), source), scalars
+    def _kernel_of(self, pieces: Pieces) -> tuple[Any, tuple[str, ...]]:
+        formula, scalars = scalars_of(self._rule, self._variant, pieces, self._layout)
+        return self._compile(formula, scalars), scalars
+
+
+class CpuBucket(Bucket):
+    """A launch of the Numba back end."""
+
+    def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> int:
+        source = kernel_source(self._title, formula, scalars, self._layout)
+        return numba.kernel_address(self._rule.owner.lower(), source)
+
+    def _run(self, kernel: int) -> None:
+        tables = (self._address, self._row_of, self._table, self._streams)
+        context = np.array([table.ctypes.data for table in tables], np.int64)
+        numba.launch(
+            numba.parts(self._elements), kernel, context.ctypes.data, self._size, self._weight, *self._per_tensor,
+            self._new,
+        )  # fmt: skip
 
 
 def _resolve(grads: list[torch.Tensor | None], which: Iterable[int]) -> bool:
@@ -191,9 +249,7 @@ def _resolve(grads: list[torch.Tensor | None], which: Iterable[int]) -> bool:
     return found
 
 
-def kernel_of(
-    title: str, rule: Rule, variant: Variant, pieces: Pieces, dtypes: Mapping[str, torch.dtype]
-) -> tuple[str, tuple[str, ...]]:
-    """The text of the kernel of a form of a rule, and the scalars that it reads."""
+def scalars_of(rule: Rule, variant: Variant, pieces: Pieces, layout: Layout) -> tuple[Formula, tuple[str, ...]]:
+    """The formula of a kernel, and the scalars that it reads: random bits are keyed by the step."""
     formula, scalars = rule.trace(variant, pieces)
-    return numba.kernel_source(title, formula, scalars, dtypes), scalars
+    return formula, (*scalars, "step") if layout["p"].stochastic and "step" not in scalars else scalars

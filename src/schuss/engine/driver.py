@@ -51,7 +51,7 @@ def walk(kernel, context, size, weight, part, parts):
             tensor, chunk = tensor + 1, 0
 
 
-@inner
+@njit(cache=True, nogil=True)
 def advance(scalar_address, scalar_is_double, active, row_of, values):
     """Write the new per-tensor scalars, one row of `values` for all tensors of a row."""
     for tensor in range(len(active)):

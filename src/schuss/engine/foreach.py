@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from schuss import formula
-from schuss.engine.numba import compute_dtype, real
 from schuss.engine.pieces import Pieces, apply
-from schuss.engine.reference import real_view
+from schuss.engine.reference import computed_in
+from schuss.engine.state import Cell, real_view
 from schuss.formula import Operand
 
 _FOREACH: dict[str, Callable[..., Any]] = {
@@ -115,30 +115,35 @@ def _where(condition: Any, yes: Any, no: Any) -> torch.Tensor:
 def update(
     rule: Callable[..., Any],
     pieces: Pieces,
-    params: Sequence[torch.Tensor],
+    params: Sequence[Cell],
     grads: Sequence[torch.Tensor],
-    states: Mapping[str, Sequence[Any] | None],
+    states: Mapping[str, Sequence[Cell] | None],
     scalars: Mapping[str, Sequence[float]],
     flags: Mapping[str, bool],
 ) -> None:
-    """Write the new parameters and states of tensors of one dtype and device."""
-    there = {n: s for n, s in states.items() if s is not None}
-    dtype = compute_dtype(tuple(real(t[0].dtype) for t in (params, grads, *there.values())))
+    """Write the new parameters and states of tensors of one device that are stored alike."""
+    there = {"p": params, **{n: s for n, s in states.items() if s is not None}}
+    dtype = computed_in([grads[0], *(cells[0].values for cells in there.values())])
 
-    def wide(tensors: Sequence[torch.Tensor]) -> Stack:
-        return Stack([real_view(t).to(dtype) for t in tensors])
+    def wide(cells: Sequence[Cell]) -> Stack:
+        return Stack([cell.read(dtype) for cell in cells])
 
     new = apply(
         rule,
         pieces,
         wide(params),
-        wide(grads),
+        Stack([real_view(g).to(dtype) for g in grads]),
         {n: None if s is None else wide(s) for n, s in states.items()},
         {n: Numbers(v) for n, v in scalars.items()} | dict(flags),
     )
-    for name, old in {"p": params, **there}.items():
+    for name, cells in there.items():
         result = new[name]
         if not isinstance(result, Stack):  # the same number for all elements
-            values = result.values if isinstance(result, Numbers) else [result] * len(old)
-            result = Stack([torch.full_like(real_view(t), float(v)) for t, v in zip(old, values, strict=True)])
-        torch._foreach_copy_([real_view(t) for t in old], result.tensors)
+            values = result.values if isinstance(result, Numbers) else [result] * len(cells)
+            like = [cell.read(dtype) for cell in cells]
+            result = Stack([torch.full_like(t, float(v)) for t, v in zip(like, values, strict=True)])
+        if all(cell.is_plain and not cell.values.is_conj() for cell in cells):
+            torch._foreach_copy_([real_view(cell.values) for cell in cells], result.tensors)
+            continue
+        for cell, value in zip(cells, result.tensors, strict=True):
+            cell.write(value)

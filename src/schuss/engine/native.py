@@ -10,7 +10,10 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+
+from schuss.engine.storage import HIGH, MULTIPLIERS, SHIFTS, SMALLEST_ABSMAX, origin
 
 # No fastmath: a step waits for memory, not for arithmetic, and without contracted multiplications every element is
 # rounded alike wherever it lies in a vector, a chunk or a tensor, and as eager torch rounds it.
@@ -127,6 +130,187 @@ def narrow_float16(typing_context, value):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
     return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def scratch(typing_context, count, dtype):
+    """An array of the function's own, of `count` (a literal) elements, as a pointer; not initialised."""
+    signature = types.CPointer(dtype.dtype)(count, dtype)
+    length = count.literal_value
+
+    def generate(context, builder, signature, args):
+        kind = ir.ArrayType(context.get_value_type(dtype.dtype), length)
+        return builder.bitcast(cgutils.alloca_once(builder, kind), context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic
+def magnitude(typing_context, value):
+    """The bits of |value| as int32, which order as the numbers do: infinity above them, NaN above infinity."""
+    signature = types.int32(types.float32)
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(32)
+        return builder.and_(builder.bitcast(args[0], word), word(0x7FFFFFFF))
+
+    return signature, generate
+
+
+@intrinsic
+def from_magnitude(typing_context, bits):
+    """The float32 that has these bits."""
+    signature = types.float32(types.int32)
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return signature, generate
+
+
+def _cut_off(result):
+    signature = result(types.float32)
+
+    def generate(context, builder, signature, args):
+        return builder.trunc(builder.fptosi(args[0], ir.IntType(32)), ir.IntType(8))
+
+    return signature, generate
+
+
+@intrinsic
+def cut_off_int8(typing_context, value):
+    """A float32 in (-129, 128) without its fraction."""
+    return _cut_off(types.int8)
+
+
+@intrinsic
+def cut_off_uint8(typing_context, value):
+    """A float32 in [0, 256) without its fraction."""
+    return _cut_off(types.uint8)
+
+
+def _chords(shift, inverse):
+    """`storage.root_*`, or `storage.power_*`."""
+    first = origin(shift)
+
+    def word(typing_context, value):
+        signature = types.float32(types.float32)
+
+        def generate(context, builder, signature, args):
+            kind = ir.IntType(32)
+            bits = builder.bitcast(args[0], kind)
+            if inverse:
+                large = builder.icmp_signed(">", bits, kind(first))
+                bits = builder.shl(builder.sub(builder.select(large, bits, kind(first)), kind(first)), kind(shift))
+            else:
+                bits = builder.add(builder.ashr(bits, kind(shift)), kind(first))
+            return builder.bitcast(bits, ir.FloatType())
+
+        return signature, generate
+
+    return intrinsic(word)
+
+
+root_2, root_4, power_2, power_4 = (_chords(shift, inverse) for inverse in (False, True) for shift in (1, 2))
+
+
+@inline
+def largest(values, count):
+    """The largest magnitude among the first `count` values; NaN if one of them is."""
+    top = np.int32(0)
+    for i in range(count):
+        bits = magnitude(values[i])
+        top = where(bits > top, bits, top)
+    return from_magnitude(top)
+
+
+@inline
+def scale_of(absmax):
+    """A block's absmax as it is stored, and what its values are multiplied by to get their shares of it."""
+    small = absmax < np.float32(SMALLEST_ABSMAX)
+    return where(small, np.float32(0), absmax), where(small, np.float32(0), np.float32(1) / absmax)
+
+
+def _mix(builder, x):
+    """`storage.mix` on a 32-bit register."""
+    word = x.type
+    for shift, multiplier in zip(SHIFTS, (*MULTIPLIERS, None), strict=True):
+        x = builder.xor(x, builder.lshr(x, word(shift)))
+        x = x if multiplier is None else builder.mul(x, word(multiplier))
+    return x
+
+
+@intrinsic
+def stream_key(typing_context, half, step):
+    """`storage.keys`: the key of one half of a stream (int64, its lower 32 bits count) at a step, as uint32."""
+    signature = types.uint32(types.int64, types.int64)
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(32)
+        return _mix(builder, builder.xor(*(builder.trunc(arg, word) for arg in args)))
+
+    return signature, generate
+
+
+@intrinsic
+def random_bits(typing_context, index, key0, key1):
+    """`storage.random_bits`: 32 random bits for an element, as uint32."""
+    signature = types.uint32(types.int64, types.uint32, types.uint32)
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(32)
+        high = builder.trunc(builder.lshr(args[0], ir.IntType(64)(32)), word)
+        x = builder.xor(builder.xor(builder.trunc(args[0], word), args[1]), builder.mul(high, word(HIGH)))
+        return _mix(builder, builder.xor(_mix(builder, x), args[2]))
+
+    return signature, generate
+
+
+@intrinsic
+def stochastic_bfloat16(typing_context, value, random):
+    """The bits of one of the two bfloat16 around a float32, the nearer the likelier; every NaN becomes 0x7fc0."""
+    signature = types.uint16(types.float32, types.uint32)
+
+    def generate(context, builder, signature, args):
+        word = ir.IntType(32)
+        raised = builder.add(builder.bitcast(args[0], word), builder.lshr(args[1], word(16)))
+        result = builder.select(
+            builder.fcmp_unordered("uno", args[0], args[0]), word(0x7FC0), builder.lshr(raised, word(16))
+        )
+        return builder.trunc(result, ir.IntType(16))
+
+    return signature, generate
+
+
+@intrinsic
+def stochastic_float16(typing_context, value, random):
+    """The bits of one of the two float16 around a float32, the nearer the likelier."""
+    signature = types.uint16(types.float32, types.uint32)
+
+    def generate(context, builder, signature, args):
+        word, real = ir.IntType(32), ir.FloatType()
+        bits = builder.bitcast(args[0], word)
+        biased = builder.and_(builder.lshr(bits, word(23)), word(0xFF))
+        # One unit of float16's last place here: 2^-10 of the power of two below |x|, but never under 2^-24.
+        exponent = builder.select(builder.icmp_unsigned("<", biased, word(113)), word(113), biased)
+        unit = builder.bitcast(builder.shl(builder.sub(exponent, word(10)), word(23)), real)
+        per_unit = builder.bitcast(builder.shl(builder.sub(word(264), exponent), word(23)), real)
+        share = builder.fmul(builder.uitofp(builder.lshr(args[1], word(19)), real), real(2.0**-13))
+        size = builder.bitcast(builder.and_(bits, word(0x7FFFFFFF)), real)
+        whole = builder.sitofp(builder.fptosi(builder.fadd(builder.fmul(size, per_unit), share), word), real)
+        sign = builder.and_(bits, word(0x80000000))
+        rounded = builder.bitcast(builder.or_(builder.bitcast(builder.fmul(whole, unit), word), sign), real)
+        finite = builder.icmp_unsigned("<", biased, word(255))
+        result = builder.select(finite, rounded, args[0])
+        return builder.bitcast(builder.fptrunc(result, ir.HalfType()), ir.IntType(16))
+
+    return signature, generate
+
+
+@inline
+def remainder(value, stored):
+    """What rounding to `stored` cut off; nothing where it is not finite."""
+    return where(abs(stored) < type(value)(np.inf), value - stored, type(value)(0))
 
 
 def has_float16() -> bool:

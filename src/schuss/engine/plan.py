@@ -5,7 +5,7 @@ is there, computes the few numbers that changed, and launches one kernel for all
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from schuss.engine import foreach, numba, reference
-from schuss.engine.bucket import Bucket
+from schuss import bounds
+from schuss.engine import foreach, reference
+from schuss.engine.bucket import Bucket, CpuBucket, Step
 from schuss.engine.pieces import Pieces
 from schuss.engine.report import render
-from schuss.engine.route import SHARED, Route, check_gradient, overlapping, route, state_of
+from schuss.engine.route import SHARED, Route, check_gradient, overlapping, route
+from schuss.engine.state import COMPENSATION, Cell, chosen, find, kept_by, parameter_cell, parameter_storage
+from schuss.engine.storage import Layout, Storage, real
 from schuss.engine.watch import CHANGED, Same
 from schuss.rule import Variant
 
@@ -32,8 +35,12 @@ class Entry:
     name: str
     p: torch.Tensor
     group: int
+    position: int
+    """Among all parameters of the optimizer."""
     variant: Variant
     route: Route
+    stored: dict[str, tuple[Storage, str]] = field(default_factory=dict)
+    """State's name -> what it is, or will be, stored as, and why not as the user wished."""
     state_bytes: int = 0
 
     @property
@@ -57,17 +64,23 @@ class Plan:
         self._getter = _items(rule.keys)
         self._values: list[tuple[Any, ...]] = [self._getter(group) for group in groups]
         self._live = _any_tensor(self._values)
+        self._on_device = self._find_on_device(groups)
         self._variants = [rule.variant(group) for group in groups]
         self._hyper = np.array([rule.numbers(group) for group in groups], np.float64)
         self._same_params = Same(chain.from_iterable(map(_params, groups)))
         self.entries = self._route(optimizer)
 
+        self._named_dtypes = bool(optimizer._options.state_dtype)
+
         for e in self.entries:
-            kept = state_of(optimizer, e.p)
-            e.state_bytes = sum(
-                e.p.numel() * (e.p if kept.get(state.name) is None else kept[state.name]).element_size()
-                for state in rule.present(e.variant)
-            )
+            kept = kept_by(optimizer, e.p)
+            for state in rule.present(e.variant):
+                cell = find(kept, state.name)
+                storage, why = chosen(optimizer, e.p, state)
+                e.stored[state.name] = (storage, why) if cell is None else (cell.storage, why)
+            if (storage := parameter_storage(optimizer, e.p)).kahan:
+                e.stored[COMPENSATION] = Storage(storage.dtype), ""
+            e.state_bytes = sum(storage.bytes(e.p.numel()) for storage, _ in e.stored.values())
 
         self._only_looked_at = made is None
         self._idle: list[torch.Tensor] = []
@@ -77,24 +90,29 @@ class Plan:
         for e in self.entries:
             has_state = self._has_state(optimizer, e)
             if made is not None and e.p.grad is not None and not has_state:
-                made.append((e.p, set(state_of(optimizer, e.p))))
+                before = kept_by(optimizer, e.p)
+                made.append((e.p, set(before)))
+                if not any(find(before, state.name) for state in rule.present(e.variant)):
+                    fresh.add(id(e.p))
                 optimizer._make_state(e.p, groups[e.group])
-                fresh.add(id(e.p))
                 has_state = True
             if not has_state:
                 self._idle.append(e.p)
-            elif e.route.backend != "numba":
+            elif e.route.backend not in ("numba", "triton"):
                 self._eager.append(e)
             elif made is not None:
-                kept = state_of(optimizer, e.p)
-                scalar_dtypes = tuple(kept[name].dtype for name in rule.scalar_states)
-                key = (e.variant, e.p.is_complex(), self._dtypes(optimizer, e), scalar_dtypes)
+                kept, capturable = kept_by(optimizer, e.p), bool(groups[e.group].get("capturable"))
+                if capturable:
+                    optimizer._place_scalars(e.p)
+                scalars = tuple((kept[name].dtype, kept[name].device) for name in rule.scalar_states)
+                layout = self._layout(optimizer, e)
+                key = (e.route.backend, e.p.device, capturable, e.variant, e.p.is_complex(), *layout.items(), scalars)
                 members.setdefault(key, []).append(e)
         self._first = {id(e.p) for e in self._eager} & fresh
         self._state = optimizer.state
         self._same_state_keys = Same(optimizer.state)
         self._same_state_values = Same(optimizer.state.values())
-        self._buckets = [Bucket(rule, optimizer, entries, fresh) for entries in members.values()]
+        self._buckets = [self._bucket(optimizer, entries, fresh) for entries in members.values()]
 
     # --- looking at it ----------------------------------------------------------------------------------------------
 
@@ -109,39 +127,70 @@ class Plan:
         return sum(e.traffic_bytes for e in self.entries)
 
     def __str__(self) -> str:
-        return render(self._rule.owner, self.entries, self.state_bytes, self.traffic_bytes)
+        return render(self._rule.owner, self.entries, self.state_bytes, self.traffic_bytes, storage=self._named_dtypes)
 
     # --- routing ----------------------------------------------------------------------------------------------------
 
     def _route(self, optimizer: "Optimizer") -> list[Entry]:
         """An entry per parameter. Raises, before anything is changed, on what no back end can do."""
-        entries = []
+        entries: list[Entry] = []
         for index, group in enumerate(optimizer.param_groups):
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
                 name = names[i] if names else f"parameter {i} of group {index}"
                 if p.grad is not None:
                     check_gradient(optimizer, name, p, p.grad, group)
-                entries.append(Entry(name, p, index, self._variants[index], route(optimizer, name, p, group)))
+                way = route(optimizer, name, p, group)
+                entries.append(Entry(name, p, index, len(entries), self._variants[index], way))
         for i in overlapping([e.p for e in entries]):
-            if entries[i].route.backend == "numba":
+            if entries[i].route.backend in ("numba", "triton"):
                 entries[i].route = SHARED
         return entries
 
     def _has_state(self, optimizer: "Optimizer", e: Entry) -> bool:
-        kept = state_of(optimizer, e.p)
-        names = [*self._rule.scalar_states, *(state.name for state in self._rule.present(e.variant))]
-        return all(kept.get(name) is not None for name in names)
+        kept = kept_by(optimizer, e.p)
+        numbers = [*self._rule.scalar_states, *([COMPENSATION] if parameter_storage(optimizer, e.p).kahan else [])]
+        states = [find(kept, state.name) for state in self._rule.present(e.variant)]
+        return all(kept.get(name) is not None for name in numbers) and None not in states
 
-    def _dtypes(self, optimizer: "Optimizer", e: Entry) -> tuple[torch.dtype, ...]:
-        states = [s for s in self._states(optimizer, e).values() if s is not None]
-        tensors = [e.p, e.p if e.p.grad is None else e.p.grad, *states]
-        return tuple(numba.real(t.dtype) for t in tensors)
+    def _layout(self, optimizer: "Optimizer", e: Entry) -> Layout:
+        """How the roles of a parameter's update are stored, by letter."""
+        g = e.p if e.p.grad is None else e.p.grad
+        states = {n: cell.storage for n, cell in self._states(optimizer, e).items() if cell is not None}
+        layout = {"p": parameter_storage(optimizer, e.p), "g": Storage(g.dtype), **states}
+        return {letter: replace(storage, dtype=real(storage.dtype)) for letter, storage in layout.items()}
 
-    def _states(self, optimizer: "Optimizer", e: Entry) -> dict[str, torch.Tensor | None]:
+    def _bucket(self, optimizer: "Optimizer", entries: list[Entry], fresh: set[int]) -> Bucket:
+        """The launch of tensors that are alike."""
+        e, rule = entries[0], self._rule
+        layout = self._layout(optimizer, e)
+        if e.route.backend == "numba":
+            return CpuBucket(rule, optimizer, entries, layout, fresh)
+        from schuss.engine.gpu import GpuBucket
+
+        numbers = [kept_by(optimizer, e.p)[name] for name in rule.scalar_states]
+        capturable = bool(optimizer.param_groups[e.group].get("capturable"))
+        on_device = capturable or any(number.device.type != "cpu" for number in numbers)
+        return GpuBucket(
+            rule, optimizer, entries, layout, fresh, on_device=on_device or (not numbers and bool(self._on_device))
+        )
+
+    def _find_on_device(self, groups: Sequence[dict[str, Any]]) -> dict[int, list[torch.Tensor | None]]:
+        """Column -> each group's hyperparameter that is a tensor on a device."""
+        found: dict[int, list[torch.Tensor | None]] = {}
+        if self._live:
+            for key, columns in self._rule.columns.items():
+                for k, column in enumerate(range(columns.start, columns.stop)):
+                    values = [group[key][k] if key in self._rule.pairs else group[key] for group in groups]
+                    tensors = [v if isinstance(v, torch.Tensor) and v.device.type != "cpu" else None for v in values]
+                    if any(tensor is not None for tensor in tensors):
+                        found[column] = tensors
+        return found
+
+    def _states(self, optimizer: "Optimizer", e: Entry) -> dict[str, Cell | None]:
         """The states of a parameter by letter."""
-        kept, states = state_of(optimizer, e.p), self._rule.states
-        return {n: kept[states[n].name] if there else None for n, there in self._rule.letters(e.variant).items()}
+        kept, states = kept_by(optimizer, e.p), self._rule.states
+        return {n: find(kept, states[n].name) if there else None for n, there in self._rule.letters(e.variant).items()}
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -155,10 +204,10 @@ class Plan:
             and self._same_params(list(chain.from_iterable(map(_params, groups))))
             and self._same_state_keys(list(state))
             and self._same_state_values(list(state.values()))
-            and self._take_over(list(map(self._getter, groups)))
+            and self._take_over(list(map(self._getter, groups)), groups)
         )
 
-    def _take_over(self, values: list[tuple[Any, ...]]) -> bool:
+    def _take_over(self, values: list[tuple[Any, ...]], groups: Sequence[dict[str, Any]]) -> bool:
         """Take over new hyperparameters; False if they choose another form of the rule or another back end."""
         try:
             if not self._live and values == self._values:
@@ -177,22 +226,42 @@ class Plan:
                     bucket.hyper_changed = True
                     bucket.pieces_changed |= key == "weight_decay"
         self._values, self._live = values, live
+        self._on_device = self._find_on_device(groups) if live else {}
         return True
 
-    def run(self, optimizer: "Optimizer", gain: float) -> bool:
-        """One step; `gain` multiplies every gradient. False, with nothing done, if the plan must be made anew."""
+    def run(self, optimizer: "Optimizer", gain: float | torch.Tensor = 1.0, skip: torch.Tensor | None = None) -> bool:
+        """One step. False, with nothing done, if the plan must be made anew.
+
+        Args:
+            optimizer: whose step.
+            gain: what every gradient is multiplied by.
+            skip: a number on a device; if it is not 0, the step changes nothing.
+        """
         for bucket in self._buckets:
             if bucket.compare(list(map(_grad, bucket.params))) == CHANGED:
                 return False
         if any(p.grad is not None for p in self._idle) or not self._eager_routes_hold(optimizer):
             return False
+        here = self._read_device() if self._on_device else self._hyper
         for bucket in self._buckets:
-            bucket.prepare(self._hyper, gain)
+            bucket.prepare(Step(self._hyper if bucket.on_device else here, self._on_device, gain, skip))
         for bucket in self._buckets:
             bucket.launch()
         if self._eager:
-            self._run_eager(optimizer, gain)
+            self._run_eager(optimizer, here, bounds.number(gain))
         return True
+
+    def _read_device(self) -> np.ndarray[Any, Any]:
+        """The hyperparameters, those on a device, too, if the host must know them: it waits for the device then."""
+        if all(bucket.on_device for bucket in self._buckets) and not self._eager:
+            return self._hyper
+        hyper = self._hyper.copy()
+        for column, tensors in self._on_device.items():
+            for group, tensor in enumerate(tensors):
+                hyper[group, column] = self._hyper[group, column] if tensor is None else tensor.item()
+        for bucket in self._buckets:
+            bucket.hyper_changed = True
+        return hyper
 
     def has_run(self, p: torch.Tensor) -> bool:
         """Whether a parameter whose state this plan has made has been updated since."""
@@ -207,7 +276,7 @@ class Plan:
                     return False
         return True
 
-    def _run_eager(self, optimizer: "Optimizer", gain: float) -> None:
+    def _run_eager(self, optimizer: "Optimizer", hyper_of: np.ndarray[Any, Any], gain: float) -> None:
         """Update the tensors that are not for kernels, one by one or as lists."""
         rule = self._rule
         lists: dict[Any, list[tuple[Entry, torch.Tensor, dict[str, Any]]]] = {}
@@ -215,24 +284,24 @@ class Plan:
         for e in self._eager:
             if (g := e.p.grad) is None:
                 continue
-            group, kept = optimizer.param_groups[e.group], state_of(optimizer, e.p)
+            group, kept = optimizer.param_groups[e.group], kept_by(optimizer, e.p)
             before = {name: kept[name].item() for name in rule.scalar_states}
             if rule.marks_first:
                 before["first"] = id(e.p) in self._first
             differentiable = bool(group.get("differentiable"))
             row = (e.group, *before.values())
             if row not in finished:
-                hyper = rule.unpack(self._hyper[[e.group]].T)  # arrays of one: NumPy's numbers round powers differently
+                hyper = rule.unpack(hyper_of[[e.group]].T)  # arrays of one: NumPy's numbers round powers differently
                 pieces = rule.pieces(hyper, gain)
                 if differentiable:  # tensors among the hyperparameters keep their graph
-                    hyper = rule.unpack(self._hyper[e.group].tolist())
+                    hyper = rule.unpack(hyper_of[e.group].tolist())
                     hyper |= {key: group[key] for key in rule.numeric if group[key] is not None}
                 with np.errstate(all="ignore"):
                     scalars = rule.finish(hyper, before, gain, needed=rule.trace(e.variant, pieces)[1])
                     finished[row] = pieces, {n: _item(v) for n, v in scalars.items()}
             pieces, scalars = finished[row]
             if e.route.backend == "foreach":
-                key = (e.variant, self._dtypes(optimizer, e), e.p.device, pieces)
+                key = (e.variant, tuple(self._layout(optimizer, e).items()), e.p.device, pieces)
                 lists.setdefault(key, []).append((e, g, scalars))
                 continue
             if g.layout != torch.strided and optimizer.sparse_form(group) == "dense":
@@ -240,22 +309,27 @@ class Plan:
             names = rule.trace(e.variant, pieces)[1]
             with torch.set_grad_enabled(differentiable):
                 reference.update(
-                    rule.formula, pieces, e.p, g, self._states(optimizer, e), {n: scalars[n] for n in names},
-                    rule.chosen(e.variant), differentiable=differentiable,
+                    rule.formula, pieces, self._cell(optimizer, e, scalars), g, self._states(optimizer, e),
+                    {n: scalars[n] for n in names}, rule.chosen(e.variant), differentiable=differentiable,
                 )  # fmt: skip
             self._write_scalars(e.p, kept, scalars)
         for (variant, _, _, pieces), members in lists.items():
             entries, grads, scalars_of = zip(*members, strict=True)
             states: list[dict[str, Any]] = [self._states(optimizer, e) for e in entries]
+            cells = [self._cell(optimizer, e, scalars) for e, scalars in zip(entries, scalars_of, strict=True)]
             with torch.no_grad():
                 foreach.update(
-                    rule.formula, pieces, [e.p for e in entries], grads,
+                    rule.formula, pieces, cells, grads,
                     {n: [s[n] for s in states] if there else None for n, there in rule.letters(variant).items()},
                     {n: [float(s[n]) for s in scalars_of] for n in rule.trace(variant, pieces)[1]},
                     rule.chosen(variant),
                 )  # fmt: skip
             for e, scalars in zip(entries, scalars_of, strict=True):
-                self._write_scalars(e.p, state_of(optimizer, e.p), scalars)
+                self._write_scalars(e.p, kept_by(optimizer, e.p), scalars)
+
+    @staticmethod
+    def _cell(optimizer: "Optimizer", e: Entry, scalars: dict[str, Any]) -> Cell:
+        return parameter_cell(optimizer, e.p, e.position, scalars.get("step", 0))
 
     @torch.no_grad()
     def _write_scalars(self, p: torch.Tensor, kept: dict[str, Any], scalars: dict[str, Any]) -> None:

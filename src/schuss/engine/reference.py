@@ -5,65 +5,79 @@ from typing import Any
 
 import torch
 
-from schuss.engine.numba import compute_dtype, real
 from schuss.engine.pieces import Pieces, apply
+from schuss.engine.state import Cell, real_view
+from schuss.engine.storage import Storage, compute_dtype, real
 
 
 def update(
     rule: Callable[..., Any],
     pieces: Pieces,
-    p: torch.Tensor,
+    p: Cell,
     g: torch.Tensor,
-    states: Mapping[str, torch.Tensor | None],
+    states: Mapping[str, Cell | None],
     scalars: Mapping[str, Any],
     flags: Mapping[str, bool],
     *,
     differentiable: bool = False,
 ) -> None:
-    """Write the new parameter and states into `p` and `states`.
+    """Write the new parameter and states into their cells.
 
     Half types are computed in float32 and rounded once; complex tensors through their real view; of a sparse gradient
     only the rows that it has are touched.
     """
     if g.layout != torch.strided:
-        g = g.coalesce()
-        rows = tuple(g.indices())
-        part = p[rows]
-        parts = {n: None if s is None else s[rows] for n, s in states.items()}
-        update(rule, pieces, part, g.values(), parts, scalars, flags)
-        p.index_put_(rows, part)
-        for name, state in states.items():
-            if state is not None and (new := parts[name]) is not None:
-                state.index_put_(rows, new)
+        _update_rows(rule, pieces, p, g.coalesce(), states, scalars, flags)
         return
-    there = {n: s for n, s in states.items() if s is not None}
-    dtype = compute_dtype(tuple(real(t.dtype) for t in (p, g, *there.values())))
+    there = {"p": p, **{n: s for n, s in states.items() if s is not None}}
+    dtype = computed_in([g, *(cell.values for cell in there.values())])
 
-    def widen(tensor: torch.Tensor) -> torch.Tensor:
+    def widen(cell: Cell) -> torch.Tensor:
         # autograd keeps what it multiplies: it must be a copy where the original is about to be written
-        tensor = tensor.clone() if differentiable else tensor
-        return real_view(tensor).to(dtype)
+        return cell.read(dtype).clone() if differentiable else cell.read(dtype)
 
     # Scalars as tensors of the computation's dtype: they round, and promote, as in a kernel.
     others: dict[str, Any] = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype, device=p.device)
+        name: value.to(dtype) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype, device=g.device)
         for name, value in scalars.items()
     }
     wide = {n: None if s is None else widen(s) for n, s in states.items()}
-    updated = apply(rule, pieces, widen(p), widen(g), wide, others | dict(flags))
-    write(p, updated.pop("p"))
+    updated = apply(rule, pieces, widen(p), real_view(g).to(dtype), wide, others | dict(flags))
     for name, value in updated.items():
-        write(there[name], value)
+        there[name].write(value)
 
 
-def real_view(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as reals, for reading; any other tensor itself."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+def computed_in(tensors: list[torch.Tensor]) -> torch.dtype:
+    """The dtype in which a rule computes on these tensors."""
+    return compute_dtype({str(i): Storage(real(t.dtype)) for i, t in enumerate(tensors)})
 
 
-def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Write reals into a tensor, which may be complex, and lazily conjugated."""
-    if tensor.is_conj():
-        tensor.copy_(torch.view_as_complex(value.contiguous()))
-    else:
-        real_view(tensor).copy_(value)
+def _update_rows(
+    rule: Callable[..., Any],
+    pieces: Pieces,
+    p: Cell,
+    g: torch.Tensor,
+    states: Mapping[str, Cell | None],
+    scalars: Mapping[str, Any],
+    flags: Mapping[str, bool],
+) -> None:
+    rows = tuple(g.indices())
+    wholes: dict[str, tuple[Cell, torch.Tensor]] = {}
+
+    def part(name: str, cell: Cell) -> Cell:
+        # Blocks are read and written whole; values that have not changed get the codes that they had.
+        whole = cell.values if cell.is_plain else cell.read(torch.float32)
+        wholes[name] = (cell, whole)
+        taken = whole[rows]
+        return Cell(Storage(taken.dtype), taken)
+
+    of_p = part("p", p)
+    parts = {n: None if s is None else part(n, s) for n, s in states.items()}
+    update(rule, pieces, of_p, g.values(), parts, scalars, flags)
+    new = {"p": of_p, **parts}
+    for name, (cell, whole) in wholes.items():
+        taken = new[name]
+        assert taken is not None
+        whole.index_put_(rows, taken.values)
+        if not cell.is_plain:
+            cell.write(whole)

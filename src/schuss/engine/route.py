@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from schuss.engine import numba
+from schuss.engine.numba_kernel import ELEMENTS
+from schuss.engine.state import COMPENSATION, blocks, find, kept_by
+from schuss.engine.storage import real
 from schuss.engine.watch import significant_strides
 
 if TYPE_CHECKING:
@@ -42,15 +45,15 @@ def check_gradient(optimizer: "Optimizer", name: str, p: torch.Tensor, g: torch.
             raise RuntimeError(
                 f"{owner}: weight_decay option is not compatible with sparse gradients, and {name} has one"
             )
-    if group.get("capturable") and p.device.type != "cpu":
+    if group.get("capturable") and (way := route(optimizer, name, p, group)).backend != "triton":
+        if p.device.type == "cpu":
+            raise AssertionError(
+                f"{owner}: If capturable=True, params and state_steps must be on supported devices: "
+                f"cuda, xpu, hpu, privateuseone, xla; {name} is on {p.device}"
+            )
         raise RuntimeError(
-            f"{owner}: capturable=True needs scalars on the device, which no back end has yet: a captured graph would "
-            "repeat this step's bias corrections; use torch.optim for it"
-        )
-    if group.get("capturable"):
-        raise AssertionError(
-            f"{owner}: If capturable=True, params and state_steps must be on supported devices: "
-            f"cuda, xpu, hpu, privateuseone, xla; {name} is on {p.device}"
+            f"{owner}: capturable=True needs the triton back end, which computes a step's numbers on the device; "
+            f"{name} would be updated by {way.backend} ({way.reason})"
         )
 
 
@@ -60,7 +63,7 @@ def route(optimizer: "Optimizer", name: str, p: torch.Tensor, group: dict[str, A
     Raises:
         ValueError: the back end that the user named cannot.
     """
-    wish, g = optimizer._backend, p.grad
+    wish, g = optimizer._options.backend, p.grad
     if group.get("differentiable"):
         return Route("reference", "differentiable=True")
     if g is not None and g.layout != torch.strided:
@@ -70,25 +73,27 @@ def route(optimizer: "Optimizer", name: str, p: torch.Tensor, group: dict[str, A
         return Route(wish, f"backend={wish!r}")
     if wish == "auto" and group.get("foreach"):
         return Route("foreach", "foreach=True")
-    obstacle = _obstacle(optimizer, p, g)
-    if obstacle and wish == "numba":
+    compiler = wish if wish != "auto" else "numba" if p.device.type == "cpu" else "triton"
+    obstacle = _obstacle(optimizer, p, g, compiler)
+    if obstacle and wish == compiler:
         raise ValueError(
-            f"{type(optimizer).__name__}: backend='numba' cannot update {name}: {obstacle[1]}; use backend='auto'"
+            f"{type(optimizer).__name__}: backend={wish!r} cannot update {name}: {obstacle[1]}; use backend='auto'"
         )
-    return Route(*obstacle) if obstacle else Route("numba")
+    return Route(*obstacle) if obstacle else Route(compiler)
 
 
-def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None) -> tuple[str, str] | None:
-    """Why the kernels cannot update a tensor, and what does instead."""
+def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, compiler: str) -> tuple[str, str] | None:
+    """Why the kernels of a compiler cannot update a tensor, and what does instead."""
     if type(p) not in (torch.Tensor, torch.nn.Parameter):
         return "reference", f"tensor subclass {type(p).__name__}"
     if g is not None and type(g) is not torch.Tensor:
         return "reference", f"gradient is a tensor subclass, {type(g).__name__}"
-    if p.device.type != "cpu":
-        return "foreach", f"no compiled kernel for {p.device.type} tensors"
+    if missing := _missing(compiler, p.device):
+        return "reference" if p.device.type == "cpu" else "foreach", missing
+    supports = numba.supports if compiler == "numba" else ELEMENTS.__contains__
     if p.layout != torch.strided:
         return "reference", f"layout {str(p.layout).removeprefix('torch.')}"
-    if not numba.supports(numba.real(p.dtype)):
+    if not supports(real(p.dtype)):
         return "reference", f"dtype {str(p.dtype).removeprefix('torch.')}"
     if p.is_conj() or p.is_neg():
         return "reference", "lazily conjugated or negated"
@@ -96,28 +101,43 @@ def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None) -
         return "reference", "inference tensor"
     if not is_dense(p):
         return "reference", "view with gaps or overlaps"
-    rule, kept = optimizer._rule, state_of(optimizer, p)
-    tensors = [kept[s.name] for s in rule.states.values() if isinstance(kept.get(s.name), torch.Tensor)]
+    rule, kept = optimizer._rule, kept_by(optimizer, p)
+    cells = [cell for s in rule.states.values() if (cell := find(kept, s.name)) is not None]
+    tensors = [*(cell.values for cell in cells), *([kept[COMPENSATION]] if COMPENSATION in kept else [])]
     for t, what in [(g, "gradient"), *((t, "state") for t in tensors)]:
         if t is None:
             continue
         if t.shape != p.shape or significant_strides(t) != significant_strides(p):
             return "reference", f"{what} lies in another order than the parameter"
-        if t.is_complex() != p.is_complex() or not numba.supports(numba.real(t.dtype)):
+        if t.is_complex() != p.is_complex() or not supports(real(t.dtype)):
             return "reference", f"{what} of dtype {str(t.dtype).removeprefix('torch.')}"
-        if t.device.type != "cpu":
+        if t.device != p.device:
             return "reference", f"{what} on {t.device}"
+    if any(c.beside is not None and (not c.beside.is_contiguous() or c.beside.numel() != blocks(p)) for c in cells):
+        return "reference", "absmax does not lie block by block"
     for name in rule.scalar_states:
         t = kept.get(name)
-        if t is not None and (t.device.type != "cpu" or t.dtype not in (torch.float32, torch.float64)):
-            return "reference", f"state {name!r} is not a floating CPU number"
+        if t is not None and (t.device.type not in {"cpu", p.device.type} or t.dtype not in _NUMBERS):
+            return "reference", f"state {name!r} is no float32 or float64 number on the CPU or the parameter's device"
     return None
 
 
-def state_of(optimizer: "Optimizer", p: torch.Tensor) -> dict[str, Any]:
-    """`optimizer.state[p]`, without making one."""
-    kept: dict[str, Any] = optimizer.state.get(p, {})
-    return kept
+_NUMBERS = (torch.float32, torch.float64)
+
+
+def _missing(compiler: str, device: torch.device) -> str | None:
+    """Why a compiler makes nothing for a device."""
+    if compiler == "numba":
+        return None if device.type == "cpu" else f"no compiled kernel for {device.type} tensors"
+    if device.type not in ("cuda", "cpu"):
+        return f"no compiled kernel for {device.type} tensors"
+    from schuss.engine import triton
+
+    if (obstacle := triton.obstacle()) is not None:
+        return obstacle
+    if device.type == "cpu" and not triton.interpreted():
+        return "Triton updates CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+    return None
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
@@ -133,12 +153,14 @@ def is_dense(tensor: torch.Tensor) -> bool:
 def overlapping(params: Sequence[torch.Tensor]) -> list[int]:
     """The indices of parameters that share memory with another one."""
     spans = sorted(
-        (p.data_ptr(), p.data_ptr() + _extent(p) * p.element_size(), i)
+        (str(p.device), p.data_ptr(), p.data_ptr() + _extent(p) * p.element_size(), i)
         for i, p in enumerate(params)
-        if p.numel() and p.layout == torch.strided and p.device.type == "cpu"
+        if p.numel() and p.layout == torch.strided and p.device.type in ("cpu", "cuda")
     )
-    shared, end, owner = set(), 0, -1
-    for start, stop, i in spans:
+    shared, end, owner, place = set(), 0, -1, ""
+    for device, start, stop, i in spans:
+        if device != place:
+            end, owner, place = 0, -1, device
         if start < end:
             shared |= {owner, i}
         if stop > end:

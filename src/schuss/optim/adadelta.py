@@ -6,6 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from schuss.formula import sqrt
 from schuss.optimizer import Number, Optimizer, Options
+from schuss.rule import State
 
 
 class Adadelta(Optimizer):
@@ -32,7 +33,7 @@ class Adadelta(Optimizer):
     """
 
     bounds = {"lr": "[0, inf)", "rho": "[0, 1]", "eps": "[0, inf)", "weight_decay": "[0, inf)"}
-    states = {"v": "square_avg", "u": "acc_delta"}
+    states = {"v": State("square_avg", nonnegative=True), "u": State("acc_delta", nonnegative=True)}
     decay = "l2"
     source = "Zeiler 2012, arXiv:1212.5701"
 

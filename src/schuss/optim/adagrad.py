@@ -42,7 +42,7 @@ class Adagrad(Optimizer):
         "initial_accumulator_value": "[0, inf)",
         "eps": "[0, inf)",
     }
-    states = {"s": State("sum", init="initial_accumulator_value")}
+    states = {"s": State("sum", init="initial_accumulator_value", nonnegative=True)}
     decay = "l2"
     eager_state = True
     source = "Duchi, Hazan, Singer 2011, JMLR 12"

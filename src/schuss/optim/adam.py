@@ -38,7 +38,11 @@ class Adam(Optimizer):
     """
 
     bounds = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
-    states = {"m": "exp_avg", "v": "exp_avg_sq", "v_max": State("max_exp_avg_sq", when="amsgrad")}
+    states = {
+        "m": "exp_avg",
+        "v": State("exp_avg_sq", nonnegative=True),
+        "v_max": State("max_exp_avg_sq", when="amsgrad", nonnegative=True),
+    }
     decay = "l2"
     source = "Kingma, Ba 2015, arXiv:1412.6980; AMSGrad: Reddi, Kale, Kumar 2018, arXiv:1904.09237"
 

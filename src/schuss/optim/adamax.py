@@ -6,6 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from schuss.formula import absolute, lerp, maximum
 from schuss.optimizer import Number, Optimizer, Options
+from schuss.rule import State
 
 
 class Adamax(Optimizer):
@@ -31,7 +32,7 @@ class Adamax(Optimizer):
     """
 
     bounds = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
-    states = {"m": "exp_avg", "u": "exp_inf"}
+    states = {"m": "exp_avg", "u": State("exp_inf", nonnegative=True)}
     decay = "l2"
     source = "Kingma, Ba 2015, arXiv:1412.6980"
 

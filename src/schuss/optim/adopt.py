@@ -6,6 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from schuss.formula import clamp, lerp, maximum, sqrt, where
 from schuss.optimizer import Number, Optimizer, Options
+from schuss.rule import State
 
 
 class ADOPT(Optimizer):
@@ -44,7 +45,7 @@ class ADOPT(Optimizer):
         "weight_decay": "[0, inf)",
         "clip_exp": "None or [0, inf)",
     }
-    states = {"m": "exp_avg", "v": "exp_avg_sq"}
+    states = {"m": "exp_avg", "v": State("exp_avg_sq", nonnegative=True)}
     decay = "l2"
     source = "Taniguchi et al. 2024, arXiv:2411.02853"
 

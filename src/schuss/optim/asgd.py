@@ -6,6 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from schuss.formula import maximum, where
 from schuss.optimizer import Number, Optimizer, Options
+from schuss.rule import State
 
 
 class ASGD(Optimizer):
@@ -41,7 +42,7 @@ class ASGD(Optimizer):
         "t0": "(-inf, inf)",
         "weight_decay": "[0, inf)",
     }
-    states = {"a": "ax"}
+    states = {"a": State("ax", exact=True)}
     scalar_states = {"eta": "lr", "mu": 1.0}
     decay = "l2"
     source = "Polyak, Juditsky 1992; Bottou 2012"

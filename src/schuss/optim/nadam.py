@@ -6,6 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from schuss.formula import lerp, sqrt
 from schuss.optimizer import Number, Optimizer, Options
+from schuss.rule import State
 
 
 class NAdam(Optimizer):
@@ -42,7 +43,7 @@ class NAdam(Optimizer):
         "weight_decay": "[0, inf)",
         "momentum_decay": "[0, inf)",
     }
-    states = {"m": "exp_avg", "v": "exp_avg_sq"}
+    states = {"m": "exp_avg", "v": State("exp_avg_sq", nonnegative=True)}
     scalar_states = {"mu_product": 1.0}
     decay = "l2"
     source = "Dozat 2016, Incorporating Nesterov momentum into Adam"

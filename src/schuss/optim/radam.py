@@ -6,6 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from schuss.formula import lerp, maximum, sqrt, where
 from schuss.optimizer import Number, Optimizer, Options
+from schuss.rule import State
 
 
 class RAdam(Optimizer):
@@ -37,7 +38,7 @@ class RAdam(Optimizer):
     """
 
     bounds = {"lr": "[0, inf)", "betas": ("[0, 1)", "[0, 1)"), "eps": "[0, inf)", "weight_decay": "[0, inf)"}
-    states = {"m": "exp_avg", "v": "exp_avg_sq"}
+    states = {"m": "exp_avg", "v": State("exp_avg_sq", nonnegative=True)}
     decay = "l2"
     source = "Liu et al. 2020, arXiv:1908.03265"
 

@@ -42,9 +42,10 @@ class RMSprop(Optimizer):
         "weight_decay": "[0, inf)",
         "momentum": "[0, inf)",
     }
+    # Centered, the root is of a difference of two states, which 8 bits would make negative.
     states = {
-        "v": "square_avg",
-        "a": State("grad_avg", when="centered"),
+        "v": State("square_avg", nonnegative=True, exact="centered"),
+        "a": State("grad_avg", when="centered", exact=True),
         "b": State("momentum_buffer", when="momentum"),
     }
     decay = "l2"

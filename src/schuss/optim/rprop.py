@@ -34,7 +34,7 @@ class Rprop(Optimizer):
     """
 
     bounds = {"lr": "[0, inf)", "etas": ("(0, 1)", "(1, inf)"), "step_sizes": ("[0, inf)", "[0, inf)")}
-    states = {"g_prev": "prev", "s": State("step_size", init="lr")}
+    states = {"g_prev": State("prev", exact=True), "s": State("step_size", init="lr", exact=True)}
     source = "Riedmiller, Braun 1993"
 
     def __init__(

@@ -1,0 +1,208 @@
+"""A launch of the Triton back end: tables that live on the device, and scalars that can.
+
+Where the counts of steps are on the host, a step's numbers are computed there, as for the CPU, and travel in one
+asynchronous copy with the addresses. Where they are on the device (capturable=True), the same functions of scalars run
+there on float64 tensors, one element for each tensor: the host knows no number of the step, and a CUDA graph that
+captured it computes new ones each time it is replayed.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from schuss.engine import triton
+from schuss.engine.bucket import Array, Bucket, Step
+from schuss.engine.process import uninterrupted
+from schuss.engine.storage import Layout, compute_dtype
+from schuss.engine.trace import Formula
+from schuss.rule import Rule
+
+if TYPE_CHECKING:
+    from schuss.engine.plan import Entry
+    from schuss.optimizer import Optimizer
+
+
+class GpuBucket(Bucket):
+    """Tensors of one device that one launch updates; see `Bucket`.
+
+    Args:
+        on_device: whether step counts are on the device, and so the scalars are computed there.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        optimizer: "Optimizer",
+        entries: "list[Entry]",
+        layout: Layout,
+        fresh: set[int],
+        *,
+        on_device: bool,
+    ) -> None:
+        super().__init__(rule, optimizer, entries, layout, fresh)
+        self.on_device = on_device
+        device = self.params[0].device
+        self._static, self._moving, self._numbers = Tables(device), Tables(device), Tables(device)
+        self._skip: torch.Tensor | None = None
+        self._columns: dict[str, Any] = {}
+        self._last_gain: float | torch.Tensor = 1.0
+
+    def prepare(self, step: Step) -> None:
+        if not self.on_device:
+            super().prepare(step)
+        else:
+            if self._sizes_changed:
+                self._plan_sizes()
+            if self._updated:
+                self._finish_on_device(step)
+        self._skip = None if step.skip is None else step.skip.to(self.params[0].device, non_blocking=True)
+        self.hyper_changed = False
+
+    def _plan_sizes(self) -> None:
+        super()._plan_sizes()
+        chunks = -(-self._size // triton.CHUNK)
+        tensors = np.repeat(np.arange(len(chunks), dtype=np.int32), chunks)
+        first = np.repeat(np.cumsum(chunks) - chunks, chunks)
+        chunk_of = (np.arange(len(tensors)) - first).astype(np.int32)
+        self._work, self._sizes, self._stream_table = self._static.put(
+            np.stack([tensors, chunk_of], axis=1), self._size, self._streams.view(np.int64)
+        )
+        if self.on_device:
+            self._row_of[self.active] = np.arange(len(self._updated))
+            self._columns = {}
+
+    def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> Any:
+        source = triton.kernel_source(self._title, formula, scalars, self._layout)
+        return triton.load(self._rule.owner.lower(), source)
+
+    def _run(self, kernel: Any) -> None:
+        if self.on_device:
+            addresses, row_of = self._moving.put(self._address, self._row_of)
+            table = self._device_table
+        else:
+            if self._rule.scalar_states and is_capturing(self.params[0].device):
+                raise RuntimeError(
+                    f"{self._rule.owner}: a CUDA graph would repeat this step's number for ever; pass capturable=True "
+                    "for steps that are captured"
+                )
+            addresses, row_of, table = self._moving.put(self._address, self._row_of, self._table)
+        with uninterrupted():  # tensors and their step counts change together
+            triton.run(
+                kernel, len(self._work), self._work, self._sizes, addresses, row_of, table, self._stream_table,
+                self._skip,
+            )  # fmt: skip
+            if self.on_device:
+                self._advance_on_device()
+            else:
+                self._loops.advance(*self._per_tensor, self._new)
+
+    # --- scalars on the device --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _finish_on_device(self, step: Step) -> None:
+        rule = self._rule
+        if self.hyper_changed or not self._columns or step.live:
+            self._columns = self._columns_on_device(step)
+        if self.pieces_changed or self._kernel is None or step.gain is not self._last_gain:
+            known = rule.unpack(step.hyper[self._groups].T)
+            gain = step.gain if isinstance(step.gain, float) else np.nan
+            pieces = rule.pieces(known, gain)
+            if self._kernel is None or self._kernel[0] != pieces:
+                self._kernel = (pieces, *self._kernel_of(pieces))
+            self.pieces_changed, self._last_gain = False, step.gain
+        self._numbers_of_tensors = [
+            [kept[name] for kept, active in zip(self._kept, self.active, strict=True) if active]
+            for name in rule.scalar_states
+        ]
+        kept = {
+            name: torch.stack(numbers).to(torch.float64)
+            for name, numbers in zip(rule.scalar_states, self._numbers_of_tensors, strict=True)
+        }
+        if rule.marks_first:
+            (marks,) = self._numbers.put(self._marks[self.active])
+            kept["first"] = marks != 0
+        scalars = rule.finish(self._columns, kept, step.gain, needed=self._kernel[2])
+        count, dtype = len(self._updated), compute_dtype(self._layout)
+        columns = [self._column(scalars[name], count) for name in self._kernel[2]]
+        self._device_table = torch.stack(columns, dim=1).to(dtype) if columns else self._work.new_empty(0)
+        self._new_numbers = [self._column(scalars[name], count) for name in rule.scalar_states]
+
+    def _column(self, value: Any, count: int) -> torch.Tensor:
+        if not isinstance(value, torch.Tensor):
+            return torch.full((count,), float(value), dtype=torch.float64, device=self.params[0].device)
+        return value.to(torch.float64).expand(count)
+
+    def _columns_on_device(self, step: Step) -> dict[str, Any]:
+        """The hyperparameters by name: float64 vectors with an element for each tensor that has a gradient."""
+        groups, hyper = self._groups[self.active], np.ascontiguousarray(step.hyper.T)
+        index, table = self._numbers.put(groups, hyper)
+        columns = list(table[:, index])
+        for column, tensors in step.live.items():
+            values = [
+                table[column, group] if tensor is None else tensor.detach().to(table).reshape(())
+                for group, tensor in enumerate(tensors)
+            ]
+            columns[column] = torch.stack(values)[index]
+        return self._rule.unpack(columns)
+
+    @torch.no_grad()
+    def _advance_on_device(self) -> None:
+        for numbers, new in zip(self._numbers_of_tensors, self._new_numbers, strict=True):
+            if self._skip is not None:
+                new = torch.where(self._skip != 0, torch.stack(numbers).to(new.dtype), new)
+            torch._foreach_copy_(numbers, list(new.to(numbers[0].dtype).unbind()))
+        self._marks[self.active] = 0.0
+
+
+class Tables:
+    """Arrays of the host that lie on the device, too: they go over in one copy, and only when one has changed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sent: list[Array] = []
+        self._stream: Any = None
+        self._views: list[torch.Tensor] = []
+        self._captured: list[Any] = []
+
+    def put(self, *arrays: Array) -> list[torch.Tensor]:
+        """The arrays as tensors on the device, for work on its current stream."""
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        same = len(arrays) == len(self._sent) and stream == self._stream
+        if not (
+            same and all(a.shape == b.shape and np.array_equal(a, b) for a, b in zip(arrays, self._sent, strict=True))
+        ):
+            self._views = self._send(arrays)
+            self._sent, self._stream = [array.copy() for array in arrays], stream
+        return self._views
+
+    def _send(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
+        starts = np.cumsum([0, *(-(-array.nbytes // 16) * 16 for array in arrays)])
+        cuda = self._device.type == "cuda"
+        host = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=cuda)
+        buffer = host.numpy()
+        for start, array in zip(starts, arrays, strict=False):
+            buffer[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        sent = host.to(self._device, non_blocking=True)  # the pinned memory is kept by torch until it has been read
+        if cuda and is_capturing(self._device):
+            # A replay reads the host's memory again, and other graphs may use the device's: it is sent anew after this.
+            self._captured.append((host, sent))
+            self._sent = []
+        return [
+            sent[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
+            for start, array in zip(starts, arrays, strict=False)
+        ]
+
+
+_DTYPES = {
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

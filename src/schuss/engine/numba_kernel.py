@@ -1,0 +1,229 @@
+"""The text of a CPU kernel: a formula that updates a chunk of one tensor in one pass, whatever it is stored as."""
+
+import builtins
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import torch
+
+from schuss.engine.storage import BLOCK, MAPS, Layout, Storage, compute_dtype, slots, traced
+from schuss.engine.trace import Formula, to_source
+
+
+@dataclass(frozen=True)
+class Element:
+    """How kernels load and store an element of a dtype. `{}` stands for the value, `{random}` for 32 random bits."""
+
+    array: str
+    itemsize: int
+    load: str = "{}"
+    store: str = "{}"
+    stochastic: str = ""
+
+
+ELEMENTS = {
+    torch.float32: Element("float32", 4),
+    torch.float64: Element("float64", 8),
+    torch.bfloat16: Element(
+        "uint16", 2, "widen_bfloat16({})", "narrow_bfloat16({})", "stochastic_bfloat16({}, {random})"
+    ),
+    torch.float16: Element("uint16", 2, "widen_float16({})", "narrow_float16({})", "stochastic_float16({}, {random})"),
+    torch.int8: Element("int8", 1, "decode_int8({})", "encode_int8({})"),
+    torch.uint8: Element("uint8", 1, "decode_uint8({})", "encode_uint8({})"),
+}
+
+
+def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout: Layout) -> str:
+    """The text of the kernel of a formula.
+
+    Args:
+        title: what the kernel is, for its reader.
+        formula: the traced rule with its pieces.
+        scalars: names of the scalars, in the order of a row of the table.
+        layout: the storage of each input of the formula.
+    """
+    value = _name(compute_dtype(layout))
+    names = safe_names([*layout, *scalars], _taken())
+
+    def constant(number: float) -> str:
+        return f"{value}({number!r})" if math.isfinite(number) else f"{value}(float('{number}'))"
+
+    lines, new = to_source(formula, _word, constant, names)
+    maps = list(dict.fromkeys(s.dtype for s in layout.values() if s.blockwise))
+    begin, count = ("block", "n") if maps else ("start", "count")
+    role = _Role(names, value, begin, count)
+    columns = slots(layout)
+    arrays = [role.array(k, letter, part, layout[letter]) for k, (letter, part) in enumerate(columns)]
+    loads = [role.load(letter, storage) for letter, storage in layout.items()]
+    stores, encodes = [], []
+    for letter, storage in layout.items():
+        if letter in new and new[letter] != names[letter]:
+            stores += role.store(letter, storage, new[letter])
+            if storage.blockwise:
+                arrays.append(f"{names[letter]}_values = carray(scratch({BLOCK}, float32), ({BLOCK},))")
+                encodes += role.encode(letter, storage)
+    once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars)]
+    if streams := layout["p"].stochastic:
+        once.append("stream = carray(pointer(tables[3] + tensor * 8, int64), (1,))[0]")
+        once += [f"key{k} = stream_key(stream >> {32 * k}, int64({names['step']}))" for k in (0, 1)]
+    arrays += [f"{names[letter]}_scale = {names[letter]}_absmax[0]" for letter, part in columns if part == "absmax"]
+    body = [*arrays, f"for i in range({count}):", *_indented([*loads, *lines, *stores]), *encodes]
+    if maps:
+        header = (f"for block in range(start, start + count, {BLOCK}):", f"    n = min({BLOCK}, start + count - block)")
+        body = [*header, *_indented(body)]
+    table = ", ".join(f"{names[letter]}: {storage}" for letter, storage in layout.items())
+    width, integers = compute_dtype(layout).itemsize, ", int8, int32, int64, uint8" if maps else ", int32, int64"
+    return "".join(
+        f"{line}\n"
+        for line in (
+            f'"""{title}\n',
+            f"One pass over {table}; computed in {value}.",
+            f"context: addresses of the table of data pointers [tensor, {len(columns)}], of each tensor's row, and of",
+            f'the rows of scalars ({", ".join(scalars)}){"; then of the random streams" if streams else ""}.\n"""\n',
+            "import numpy as np",
+            f"from numba import carray, cfunc, float32, float64{integers}, uint16, void\n",
+            f"from schuss.engine.native import *  # digest {native_digest()}\n\n",
+            *(line for dtype in maps for line in _conversions(dtype)),
+            '@cfunc(void(int64, int64, int64, int64), cache=True, error_model="numpy")',
+            "def kernel(context, tensor, start, count):",
+            *_indented(
+                [
+                    f"tables = carray(pointer(context, int64), ({3 + streams},))",
+                    f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
+                    "row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])",
+                    f"scalar = carray(pointer(tables[2] + row * {width * len(scalars)}, {value}), ({len(scalars)},))",
+                    *once,
+                    *body,
+                ]
+            ),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class _Role:
+    """The statements of a kernel about one role.
+
+    Args:
+        names: letter -> what it is called in the kernel.
+        value: the dtype that the kernel computes in.
+        begin, count: where its arrays begin in the tensor, and how many elements they have.
+    """
+
+    names: Mapping[str, str]
+    value: str
+    begin: str
+    count: str
+
+    def array(self, column: int, letter: str, part: str, storage: Storage) -> str:
+        name, element, length = f"{self.names[letter]}_", ELEMENTS[storage.dtype], self.count
+        offset = f"{self.begin} * {element.itemsize}"
+        if part == "absmax":
+            name, element, length = f"{name}absmax", ELEMENTS[torch.float32], "1"
+            offset = f"{self.begin} // {BLOCK} * 4"
+        elif part == "compensation":
+            name += "rest"
+        return f"{name} = carray(pointer(at[{column}] + {offset}, {element.array}), ({length},))"
+
+    def load(self, letter: str, storage: Storage) -> str:
+        name, element = self.names[letter], ELEMENTS[storage.dtype]
+        loaded = element.load.format(f"{name}_[i]")
+        if storage.blockwise:
+            loaded += f" * {name}_scale"
+        if storage.kahan:
+            loaded += " + " + element.load.format(f"{name}_rest[i]")
+        return f"{name} = {self.value}({loaded})" if self._converts(element) else f"{name} = {loaded}"
+
+    def store(self, letter: str, storage: Storage, result: str) -> list[str]:
+        name, element = self.names[letter], ELEMENTS[storage.dtype]
+        result = f"float32({result})" if self._converts(element) else result
+        if storage.blockwise:
+            return [f"{name}_values[i] = {result}"]
+        if storage.kahan:
+            stored = element.load.format(f"{name}_bits")
+            return [
+                f"{name}_bits = {element.store.format(result)}",
+                f"{name}_[i] = {name}_bits",
+                f"{name}_rest[i] = {element.store.format(f'remainder({result}, {stored})')}",
+            ]
+        if storage.stochastic:
+            return [
+                f"{name}_[i] = {element.stochastic.format(result, random=f'random_bits({self.begin} + i, key0, key1)')}"
+            ]
+        return [f"{name}_[i] = {element.store.format(result)}"]
+
+    def encode(self, letter: str, storage: Storage) -> list[str]:
+        name = self.names[letter]
+        return [
+            f"{name}_absmax[0], {name}_inverse = scale_of(largest({name}_values, {self.count}))",
+            f"for i in range({self.count}):",
+            f"    {name}_[i] = {ELEMENTS[storage.dtype].store.format(f'{name}_values[i] * {name}_inverse')}",
+        ]
+
+    def _converts(self, element: Element) -> bool:
+        return self.value == "float64" and element.array != self.value
+
+
+def _conversions(dtype: torch.dtype) -> list[str]:
+    """The functions between 8-bit codes and shares of a block's absmax."""
+    name, text = _name(dtype), []
+    for word, function, result in (
+        ("decode", MAPS[dtype].decode, "{}"),
+        ("encode", MAPS[dtype].encode, f"cut_off_{name}({{}})"),
+    ):
+        lines, new = to_source(traced(function, "x"), _word, lambda number: f"float32({number!r})", {"x": "x"})
+        argument = "x = float32(code)" if word == "decode" else None
+        text += ["@inline", f"def {word}_{name}({'code' if argument else 'x'}):"]
+        text += _indented([*([argument] if argument else []), *lines, f"return {result.format(new['out'])}"])
+        text += ["", ""]
+    return text
+
+
+def _word(name: str, args: list[str]) -> str:
+    return f"{name}({', '.join(args)})"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _indented(statements: Sequence[str]) -> list[str]:
+    return [f"    {statement}" for statement in statements]
+
+
+def safe_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
+    """What the letters and scalars of a rule are called in a kernel: themselves, unless the kernel has the name."""
+    safe: dict[str, str] = {}
+    for name in names:
+        new = name
+        while (
+            new in taken
+            or new in safe.values()
+            or re.fullmatch(r"t\d+|.*_|.*_(new|rest|bits|values|absmax|scale|inverse)", new)
+        ):
+            new = f"v_{new}_0"
+        safe[name] = new
+    return safe
+
+
+@cache
+def _taken() -> set[str]:
+    """The names that a kernel's text has for itself."""
+    from schuss.engine import native
+
+    own = "kernel context tensor start count tables at row scalar i block n stream key0 key1 cfunc carray void np"
+    words = {f"{word}_{_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
+    numbers = {"int8", "int32", "int64", "uint8", "uint16", "float32", "float64"}
+    return {*own.split(), *words, *numbers, *dir(native), *dir(builtins)}
+
+
+@cache
+def native_digest() -> str:
+    """Tells the texts that kernels are compiled with: they are compiled anew when one changes."""
+    texts = [files("schuss.engine").joinpath(name).read_text(encoding="utf-8") for name in ("native.py", "storage.py")]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""The keyword arguments that every optimizer takes beside its rule's own."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, TypedDict
+
+import torch
+
+from schuss.bounds import nearest
+from schuss.engine.storage import ROUNDINGS, Rounding
+from schuss.rule import State
+
+__all__ = ["BACKENDS", "Backend", "Options", "Settings", "StateDtype"]
+
+Backend = Literal["auto", "numba", "triton", "foreach", "reference"]
+BACKENDS = ("auto", "numba", "triton", "foreach", "reference")
+StateDtype = Literal["float32", "bfloat16", "int8"] | torch.dtype
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that every schuss optimizer takes beside its own."""
+
+    backend: Backend
+    """What runs the formula. "auto" (default): numba for dense CPU tensors, triton for CUDA tensors, foreach on devices
+    without a compiler of ours, reference (eager torch) for the rest; `optimizer.plan()` tells. A named one is used for
+    every tensor with a dense gradient, but in groups with differentiable=True."""
+
+    state_dtype: StateDtype | Mapping[str, StateDtype] | None
+    """What states are stored as, whatever the rule computes in: "float32", "bfloat16" or "int8", for all states or by
+    name. "int8" is blocks of 256 codes with one float32 absmax each; tensors under 4096 elements, and complex ones,
+    keep their values. None (default): like the parameter, as in torch; loaded state as it was saved."""
+
+    rounding: Rounding
+    """How bfloat16 and float16 parameters are rounded: "nearest" (default), "stochastic" (to one of the two neighbours,
+    the nearer the likelier, so that small steps count on average), or "kahan" (what is cut off is kept in one more
+    state of the parameter's dtype, and added to the next step)."""
+
+    seed: int
+    """Of the random bits of rounding="stochastic", which depend on it, the parameter's place in the optimizer, the step
+    and the element alone. Default 0."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`Options`, checked.
+
+    Args:
+        backend, rounding, seed: as there.
+        state_dtype: state's name -> dtype; states that are not in it are stored like the parameter.
+    """
+
+    backend: Backend = "auto"
+    state_dtype: Mapping[str, torch.dtype] = field(default_factory=dict)
+    rounding: Rounding = "nearest"
+    seed: int = 0
+
+    @classmethod
+    def parse(cls, owner: str, options: Mapping[str, Any], states: Collection[str], own: Iterable[str]) -> Self:
+        """Check what was given.
+
+        Args:
+            owner: the class that messages name.
+            options: keyword arguments.
+            states: the names of the rule's states.
+            own: the class's own arguments, to help with an unknown one.
+
+        Raises:
+            TypeError: an unknown keyword.
+            ValueError: an unknown value.
+        """
+        for name in options:
+            if name not in Options.__annotations__:
+                known = (*own, *Options.__annotations__)
+                raise TypeError(f"{owner}: unknown argument {name!r}; {nearest(name, known)}")
+        backend, rounding = options.get("backend", "auto"), options.get("rounding", "nearest")
+        seed = options.get("seed", 0)
+        for name, value, allowed in (("backend", backend, BACKENDS), ("rounding", rounding, ROUNDINGS)):
+            if value not in allowed:
+                raise ValueError(f"{owner}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"{owner}: seed must be an integer, got {seed!r} ({type(seed).__name__})")
+        return cls(backend, _state_dtypes(owner, options.get("state_dtype"), states), rounding, seed)
+
+    def check_exact(self, owner: str, states: Iterable[State], group: Mapping[str, Any]) -> None:
+        """Raise if a state that a group of parameters needs exactly is to be stored in 8 bits."""
+        for state in states:
+            if self.state_dtype.get(state.name) == torch.int8 and state.exists(group) and state.must_be_exact(group):
+                raise ValueError(
+                    f"{owner}: state_dtype of {state.name!r} must be float32 or bfloat16, since small differences of "
+                    "it decide what a step does; got int8"
+                )
+
+    def check_parameters(self, owner: str, params: Iterable[torch.Tensor]) -> None:
+        """Raise if no parameter can be rounded as wished."""
+        if self.rounding != "nearest" and not any(p.dtype in (torch.bfloat16, torch.float16) for p in params):
+            raise ValueError(
+                f"{owner}: rounding={self.rounding!r} is for bfloat16 and float16 parameters, and there are none; "
+                "use rounding='nearest'"
+            )
+
+
+def _state_dtypes(owner: str, given: Any, states: Collection[str]) -> dict[str, torch.dtype]:
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        for name in given:
+            if name not in states:
+                hint = nearest(name, states) if states else "the rule has none"
+                raise ValueError(f"{owner}: state_dtype names {name!r}, which is no state that can be stored; {hint}")
+        return {name: _dtype(owner, f"state_dtype[{name!r}]", value) for name, value in given.items()}
+    return dict.fromkeys(states, _dtype(owner, "state_dtype", given))
+
+
+def _dtype(owner: str, argument: str, value: Any) -> torch.dtype:
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    if not isinstance(name, str) or name not in STATE_DTYPES:
+        raise ValueError(f"{owner}: {argument} must be one of {', '.join(STATE_DTYPES)}, got {value!r}")
+    return STATE_DTYPES[name]
