@@ -145,6 +145,36 @@ def rules_table(which: str, dtype: torch.dtype, only: list[str], seconds: float)
         gc.collect()
 
 
+STORAGES: dict[str, tuple[torch.dtype, dict[str, object]]] = {
+    "float32": (torch.float32, {}),
+    "state bfloat16": (torch.float32, {"state_dtype": "bfloat16"}),
+    "state int8": (torch.float32, {"state_dtype": "int8"}),
+    "bfloat16": (torch.bfloat16, {}),
+    "bfloat16, state float32": (torch.bfloat16, {"state_dtype": "float32"}),
+    "bfloat16, state int8": (torch.bfloat16, {"state_dtype": "int8"}),
+    "bfloat16, kahan": (torch.bfloat16, {"rounding": "kahan"}),
+    "bfloat16, stochastic": (torch.bfloat16, {"rounding": "stochastic"}),
+    "bfloat16, stochastic, state int8": (torch.bfloat16, {"rounding": "stochastic", "state_dtype": "int8"}),
+}
+
+
+def storage_table(seconds: float) -> None:
+    """AdamW with every storage and rounding against torch's fused form on float32."""
+    print("\n### AdamW, 32 tensors of 1024x1024: storages, ms per step\n")
+    print("| parameters, state | state bytes per element | schuss | torch fused, float32 | schuss, float32 | ratios |")
+    print("|---|---:|---:|---:|---:|---:|")
+    shared = parameters(SETS["big"], torch.float32)
+    base, fused = optim.AdamW(shared), torch.optim.AdamW(shared, fused=True)
+    for label, (dtype, options) in STORAGES.items():
+        ours = optim.AdamW(parameters(SETS["big"], dtype), **options)
+        mine, theirs, float32 = interleaved([ours.step, fused.step, base.step], seconds)
+        kept = ours.plan().state_bytes / sum(e.p.numel() for e in ours.plan().entries)
+        ratios = f"{theirs / mine:.2f}, {float32 / mine:.2f}"
+        print(f"| {label} | {kept:.2f} | {mine:.2f} | {theirs:.2f} | {float32:.2f} | {ratios} |", flush=True)
+        del ours
+        gc.collect()
+
+
 def groups_table(seconds: float) -> None:
     """400 tensors in 200 groups against the same tensors in one."""
     shapes = [(128, 64), (128,)] * 200
@@ -229,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     parser.add_argument("--only", default="", help="classes, comma-separated")
-    parser.add_argument("--tables", default="big,small,gpt2,bfloat16,groups,memory,startup")
+    parser.add_argument("--tables", default="big,small,gpt2,bfloat16,storage,groups,memory,startup")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -243,6 +273,8 @@ def main() -> None:
             rules_table(which, torch.float32, only, seconds)
     if "bfloat16" in tables:
         rules_table("big", torch.bfloat16, only, seconds)
+    if "storage" in tables:
+        storage_table(seconds)
     if "groups" in tables:
         groups_table(seconds)
     if "memory" in tables:

@@ -145,13 +145,23 @@ def show(
     name: Annotated[str, typer.Argument(help="An optimizer of schuss, or module:Class for one of yours.")],
     backend: Annotated[
         str | None,
-        typer.Option(help="Print what runs there instead of the formula: numba (the kernel), or reference (the rule)."),
+        typer.Option(
+            help="Print what runs there instead of the formula: numba or triton (kernels), reference (the rule)."
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A hyperparameter, as in --set amsgrad=True; may be repeated.", show_default=False),
+        typer.Option(
+            "--set",
+            help="A hyperparameter or an option, as in --set amsgrad=True --set state_dtype=int8; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Dtype of all tensors, for the kernel.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the parameters, for a kernel.")] = "float32",
+    ptx: Annotated[
+        str | None,
+        typer.Option(help="With --backend triton, compile the kernel for this architecture, sm_90 say; needs no GPU."),
+    ] = None,
     latex: Annotated[bool, typer.Option("--latex", help="Print the formula as LaTeX.")] = False,
 ) -> None:
     """Print an optimizer's formula, from the rule itself, or the kernel that is generated from it."""
@@ -159,21 +169,93 @@ def show(
 
     sys.path.insert(0, "")  # module:Class is looked for in this folder, as `python -m` does
     with bad_values():
-        if backend not in (None, "numba", "reference"):
-            raise ValueError(f"--backend must be numba or reference, got {backend!r}")
+        if backend not in (None, "numba", "triton", "reference"):
+            raise ValueError(f"--backend must be numba, triton or reference, got {backend!r}")
+        if ptx is not None and backend != "triton":
+            raise ValueError("--ptx is for --backend triton")
         cls = describe.find(name)
         settings = dict(map(_setting, setting or []))
         try:
-            text = describe.show(cls, settings, backend=backend, dtype=dtype, latex=latex)
-        except TypeError as error:
+            text = describe.show(cls, settings, backend=backend, dtype=dtype, latex=latex, ptx=ptx)
+        except (TypeError, RuntimeError, ModuleNotFoundError) as error:
             raise ValueError(str(error)) from error
     print(text)
 
 
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="gpt2, gpt2-medium, gpt2-large, gpt2-xl, or module:factory for one of yours: a callable that returns "
+            "a Module or tensors."
+        ),
+    ],
+    optimizer: Annotated[str, typer.Option(help="An optimizer of schuss, or module:Class for one of yours.")] = "AdamW",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype of the parameters: float32 or bfloat16. Default: as the model is.", show_default=False
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyperparameter, as in --set amsgrad=True; may be repeated.", show_default=False),
+    ] = None,
+    bandwidth: Annotated[
+        float | None,
+        typer.Option(help="Of the memory, in GB/s (1e9 bytes). Default: measured on this machine.", show_default=False),
+    ] = None,
+) -> None:
+    """What training a model takes: bytes of weights, gradients and state in each storage, and how long a step is."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from schuss import describe, footprint, shapes
+
+    sys.path.insert(0, "")  # module:factory is looked for in this folder, as `python -m` does
+    with bad_values():
+        if bandwidth is not None and not 0 < bandwidth < float("inf"):
+            raise ValueError(f"--bandwidth must be in (0, inf), got {bandwidth:g}")
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        if dtype is not None and dtype not in dtypes:
+            raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+        cls = describe.find(optimizer)
+        settings = dict(map(_setting, setting or []))
+        params = shapes.find(model)
+        try:
+            rows = footprint.footprint(params, cls, settings, dtype=None if dtype is None else dtypes[dtype])
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    speed = footprint.measure() if bandwidth is None else footprint.Bandwidth(1e9 * bandwidth, "as given")
+
+    shown = Table(box=None, pad_edge=False)
+    for name in footprint.HEADER:
+        shown.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for cells in footprint.table(rows, speed.rate):
+        shown.add_row(*cells)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    first = rows[0]
+    trained = "" if first.trained == first.parameters else f", {first.trained:,} of them trained"
+    console.print(f"{cls.__name__} on {model}: {first.parameters:,} parameters in {len(params):,} tensors{trained}\n")
+    console.print(shown)
+    for line in footprint.remarks(rows):
+        console.print(f"- {line}")
+    console.print(
+        f"- ms per step: bytes moved at {speed.rate / 1e9:,.1f} GB/s, {speed.source}. "
+        "A step that waits for arithmetic too takes longer."
+    )
+
+
 def _setting(text: str) -> tuple[str, object]:
+    from schuss.options import Options
+
     name, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"--set must be name=value, got {text!r}")
+    if name.strip() in Options.__annotations__ and value.strip().isidentifier():
+        return name.strip(), value.strip()  # the names of options' values need no quotes
     try:
         return name.strip(), ast.literal_eval(value.strip())
     except (ValueError, SyntaxError):

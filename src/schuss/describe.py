@@ -13,8 +13,9 @@ import torch
 from schuss import optim
 from schuss.bounds import nearest
 from schuss.engine.bucket import scalars_of
-from schuss.engine.numba_kernel import ELEMENTS, kernel_source
-from schuss.engine.storage import Storage, real
+from schuss.engine.numba_kernel import ELEMENTS
+from schuss.engine.state import chosen, parameter_storage
+from schuss.engine.storage import MAPS, SMALLEST_BLOCKWISE, Layout, Storage, as_reals
 from schuss.engine.trace import Expr, Graph, parameters, used
 from schuss.optimizer import Optimizer
 from schuss.rule import Rule
@@ -78,15 +79,44 @@ def find(name: str) -> type[Optimizer]:
     return known[name]
 
 
-def kernel(cls: type[Optimizer], settings: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> str:
-    """The text of the CPU kernel of an optimizer with these hyperparameters, all tensors of one dtype."""
-    rule, group = _declared(cls, settings)
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as text, and what it was made from."""
+
+    label: str
+    source: str
+    layout: Layout
+
+
+def kernel(
+    cls: type[Optimizer],
+    settings: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    backend: str = "numba",
+) -> Kernel:
+    """The kernel of an optimizer for tensors large enough for every storage.
+
+    Args:
+        cls: the optimizer.
+        settings: hyperparameters and options: state_dtype and rounding choose what it loads and stores.
+        dtype: of the parameters and gradients.
+        backend: "numba" or "triton".
+    """
+    p = torch.empty(SMALLEST_BLOCKWISE, dtype=dtype, device="meta")
+    optimizer = cls([p], **settings)
+    rule, group = optimizer._rule, optimizer.param_groups[0]
     variant = rule.variant(group)
     pieces = rule.pieces(rule.unpack(rule.numbers(group)))
-    letters = [n for n, there in rule.letters(variant).items() if there]
-    layout = dict.fromkeys(("p", "g", *letters), Storage(real(dtype)))
+    states = {n: chosen(optimizer, p, rule.states[n])[0] for n, there in rule.letters(variant).items() if there}
+    layout = as_reals({"p": parameter_storage(optimizer, p), "g": Storage(p.dtype), **states})
     formula, scalars = scalars_of(rule, variant, pieces, layout)
-    return kernel_source(f"{cls.__module__}.{cls.__name__}", formula, scalars, layout)
+    if backend == "triton":
+        from schuss.engine.triton import kernel_source
+    else:
+        from schuss.engine.numba_kernel import kernel_source
+    source = kernel_source(f"{cls.__module__}.{cls.__name__}", formula, scalars, layout)
+    return Kernel(cls.__name__.lower(), source, layout)
 
 
 def show(
@@ -96,18 +126,33 @@ def show(
     backend: str | None = None,
     dtype: str = "float32",
     latex: bool = False,
+    ptx: str | None = None,
 ) -> str:
-    """What `schuss show` prints: an optimizer's formula, its rule as Python (reference), or its kernel (numba).
+    """What `schuss show` prints: an optimizer's formula, its rule as Python (reference), or its kernel.
+
+    Args:
+        cls, settings: the optimizer, with hyperparameters and options.
+        backend: "reference", or "numba" or "triton" for the kernel of that compiler.
+        dtype: of the parameters, for a kernel.
+        latex: print the formula as LaTeX.
+        ptx: an architecture such as "sm_90": the triton kernel compiled for it.
 
     Raises:
         ValueError: a dtype that no kernel is generated for, or a hyperparameter out of its bounds.
         TypeError: a hyperparameter that the optimizer does not have.
+        RuntimeError: triton cannot compile here.
     """
-    if backend == "numba":
-        kinds = {str(d).removeprefix("torch."): d for d in (*ELEMENTS, torch.complex64, torch.complex128)}
+    if backend in ("numba", "triton"):
+        known = (*(d for d in ELEMENTS if d not in MAPS), torch.complex64, torch.complex128)
+        kinds = {str(d).removeprefix("torch."): d for d in known}
         if dtype not in kinds:
             raise ValueError(f"no kernel for dtype {dtype!r}: {nearest(dtype, kinds)}")
-        return kernel(cls, settings, kinds[dtype]).rstrip()
+        made = kernel(cls, settings, kinds[dtype], backend=backend)
+        if ptx is None:
+            return made.source.rstrip()
+        from schuss.engine.triton import compiled
+
+        return compiled(made.label, made.source, made.layout, ptx).ptx.rstrip()
     if backend == "reference":
         parts = (
             [cls.scalars, cls.rule] if "scalars" in vars(cls) or cls.scalars is not Optimizer.scalars else [cls.rule]

@@ -215,18 +215,16 @@ root_2, root_4, power_2, power_4 = (_chords(shift, inverse) for inverse in (Fals
 
 
 @inline
-def largest(values, count):
-    """The largest magnitude among the first `count` values; NaN if one of them is."""
-    top = np.int32(0)
-    for i in range(count):
-        bits = magnitude(values[i])
-        top = where(bits > top, bits, top)
-    return from_magnitude(top)
+def larger(top, value):
+    """The larger of a magnitude and that of a value; NaN if one of them is."""
+    bits = magnitude(value)
+    return where(bits > top, bits, top)
 
 
 @inline
-def scale_of(absmax):
+def scale_of(top):
     """A block's absmax as it is stored, and what its values are multiplied by to get their shares of it."""
+    absmax = from_magnitude(top)
     small = absmax < np.float32(SMALLEST_ABSMAX)
     return where(small, np.float32(0), absmax), where(small, np.float32(0), np.float32(1) / absmax)
 

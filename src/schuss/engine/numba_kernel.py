@@ -60,19 +60,23 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     columns = slots(layout)
     arrays = [role.array(k, letter, part, layout[letter]) for k, (letter, part) in enumerate(columns)]
     loads = [role.load(letter, storage) for letter, storage in layout.items()]
-    stores, encodes = [], []
+    stores, scales, encodes = [], [], []
     for letter, storage in layout.items():
         if letter in new and new[letter] != names[letter]:
             stores += role.store(letter, storage, new[letter])
             if storage.blockwise:
                 arrays.append(f"{names[letter]}_values = carray(scratch({BLOCK}, float32), ({BLOCK},))")
-                encodes += role.encode(letter, storage)
+                arrays.append(f"{names[letter]}_top = int32(0)")
+                scales.append(role.scale(letter))
+                encodes.append(role.encode(letter, storage))
     once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars)]
     if streams := layout["p"].stochastic:
         once.append("stream = carray(pointer(tables[3] + tensor * 8, int64), (1,))[0]")
         once += [f"key{k} = stream_key(stream >> {32 * k}, int64({names['step']}))" for k in (0, 1)]
     arrays += [f"{names[letter]}_scale = {names[letter]}_absmax[0]" for letter, part in columns if part == "absmax"]
-    body = [*arrays, f"for i in range({count}):", *_indented([*loads, *lines, *stores]), *encodes]
+    body = [*arrays, f"for i in range({count}):", *_indented([*loads, *lines, *stores])]
+    if encodes:
+        body += [*scales, f"for i in range({count}):", *_indented(encodes)]
     if maps:
         header = (f"for block in range(start, start + count, {BLOCK}):", f"    n = min({BLOCK}, start + count - block)")
         body = [*header, *_indented(body)]
@@ -143,7 +147,7 @@ class _Role:
         name, element = self.names[letter], ELEMENTS[storage.dtype]
         result = f"float32({result})" if self._converts(element) else result
         if storage.blockwise:
-            return [f"{name}_values[i] = {result}"]
+            return [f"{name}_values[i] = {result}", f"{name}_top = larger({name}_top, {result})"]
         if storage.kahan:
             stored = element.load.format(f"{name}_bits")
             return [
@@ -157,13 +161,13 @@ class _Role:
             ]
         return [f"{name}_[i] = {element.store.format(result)}"]
 
-    def encode(self, letter: str, storage: Storage) -> list[str]:
+    def scale(self, letter: str) -> str:
         name = self.names[letter]
-        return [
-            f"{name}_absmax[0], {name}_inverse = scale_of(largest({name}_values, {self.count}))",
-            f"for i in range({self.count}):",
-            f"    {name}_[i] = {ELEMENTS[storage.dtype].store.format(f'{name}_values[i] * {name}_inverse')}",
-        ]
+        return f"{name}_absmax[0], {name}_inverse = scale_of({name}_top)"
+
+    def encode(self, letter: str, storage: Storage) -> str:
+        name = self.names[letter]
+        return f"{name}_[i] = {ELEMENTS[storage.dtype].store.format(f'{name}_values[i] * {name}_inverse')}"
 
     def _converts(self, element: Element) -> bool:
         return self.value == "float64" and element.array != self.value
@@ -204,7 +208,7 @@ def safe_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
         while (
             new in taken
             or new in safe.values()
-            or re.fullmatch(r"t\d+|.*_|.*_(new|rest|bits|values|absmax|scale|inverse)", new)
+            or re.fullmatch(r"t\d+|.*_|.*_(new|rest|bits|values|absmax|top|scale|inverse)", new)
         ):
             new = f"v_{new}_0"
         safe[name] = new

@@ -5,7 +5,7 @@ is there, computes the few numbers that changed, and launches one kernel for all
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from schuss.engine.pieces import Pieces
 from schuss.engine.report import render
 from schuss.engine.route import SHARED, Route, check_gradient, overlapping, route
 from schuss.engine.state import COMPENSATION, Cell, chosen, find, kept_by, parameter_cell, parameter_storage
-from schuss.engine.storage import Layout, Storage, real
+from schuss.engine.storage import Layout, Storage, as_reals
 from schuss.engine.watch import CHANGED, Same
 from schuss.rule import Variant
 
@@ -157,8 +157,7 @@ class Plan:
         """How the roles of a parameter's update are stored, by letter."""
         g = e.p if e.p.grad is None else e.p.grad
         states = {n: cell.storage for n, cell in self._states(optimizer, e).items() if cell is not None}
-        layout = {"p": parameter_storage(optimizer, e.p), "g": Storage(g.dtype), **states}
-        return {letter: replace(storage, dtype=real(storage.dtype)) for letter, storage in layout.items()}
+        return as_reals({"p": parameter_storage(optimizer, e.p), "g": Storage(g.dtype), **states})
 
     def _bucket(self, optimizer: "Optimizer", entries: list[Entry], fresh: set[int]) -> Bucket:
         """The launch of tensors that are alike."""

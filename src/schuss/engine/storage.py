@@ -5,7 +5,7 @@ does between memory and the formula. Back ends differ in how they say it; what i
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,7 +35,7 @@ def origin(shift: int) -> int:
 
 
 def _root(shift: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The 2^shift-th root of a non-negative float32, along chords: exact at 0 and at whole powers of it, monotone."""
+    """The 2^shift-th root of a float32 in [0, 1], along chords between powers of two; of NaN some number above 1."""
 
     def root(x: torch.Tensor) -> torch.Tensor:
         return ((x.view(torch.int32) >> shift) + origin(shift)).view(torch.float32)
@@ -86,7 +86,8 @@ def _encode_signed(share: Any) -> Any:
     root = root_2(absolute(share)) * 127.0
     near, below = root + 0.5, root * 1.05
     code = where(near < below, near, below)
-    return where(share < 0, -code, where(code < 128, code, 0.0))  # the bits of NaN pass for a huge number
+    code = where(code < 127.5, code, 127.5)  # NaN, too
+    return where(share < 0, -code, code)
 
 
 def _decode_unsigned(code: Any) -> Any:
@@ -154,6 +155,11 @@ class Storage:
 
 Layout = Mapping[str, Storage]
 """Letter -> storage of every role of a kernel: p, g and the states, in the order of the formula's inputs."""
+
+
+def as_reals(layout: Layout) -> Layout:
+    """The layout of complex tensors as pairs of reals; any other as it is."""
+    return {letter: replace(storage, dtype=real(storage.dtype)) for letter, storage in layout.items()}
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
