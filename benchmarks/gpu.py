@@ -217,7 +217,8 @@ def main() -> None:
     only = [n for n in arguments.only.split(",") if n]
     tables, seconds = arguments.tables.split(","), 0.3 if arguments.quick else 1.5
     triton = importlib.import_module("triton").__version__
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton}, Python {platform.python_version()}")
+    device, python = torch.cuda.get_device_name(), platform.python_version()
+    print(f"{device}, torch {torch.__version__}, triton {triton}, Python {python}")
     if "rules" in tables:
         for title, shapes in SETS.items():
             rules_table(title, shapes, only, seconds)

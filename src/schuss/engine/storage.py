@@ -67,7 +67,8 @@ class Map:
     Args:
         top: the largest code; it stands for the absmax itself.
         decode: code -> share in [-1, 1].
-        encode: share -> code with a fraction, which is cut off; 0 for NaN.
+        encode: share -> code with a fraction, which is cut off. A block with NaN or infinity has an absmax that
+            is such, and decodes to that whatever its codes are.
     """
 
     top: int
