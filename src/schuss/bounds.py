@@ -34,7 +34,7 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.closed_low else value > self.low
         below = value <= self.high if self.closed_high else value < self.high
-        return bool(above and below and abs(value) != inf)
+        return bool(above and below and (abs(value) != inf or (self.closed_high and value == inf)))
 
 
 def number(value: Any) -> float:
@@ -66,13 +66,16 @@ def check(owner: str, name: str, value: Any, bound: str | tuple[str, ...]) -> No
     interval = Interval.parse(bound.removeprefix("None or "))
     if value is None and optional:
         return
+    allowed = f"None or in {interval.text}" if optional else f"in {interval.text}"
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{owner}: Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
     elif isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{owner}: {name} must be a number in {bound}, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"{owner}: {name} must be {allowed.replace('in ', 'a number in ')}, got {value!r} ({type(value).__name__})"
+        )
     if number(value) not in interval:
-        raise ValueError(f"{owner}: {name} must be in {bound}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be {allowed}, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -238,7 +238,8 @@ def plan(
     console = Console(highlight=False, markup=False, soft_wrap=True)
     first = rows[0]
     trained = "" if first.trained == first.parameters else f", {first.trained:,} of them trained"
-    console.print(f"{cls.__name__} on {model}: {first.parameters:,} parameters in {len(params):,} tensors{trained}\n")
+    tensors = f"{len(params):,} tensor{'' if len(params) == 1 else 's'}"
+    console.print(f"{cls.__name__} on {model}: {first.parameters:,} parameters in {tensors}{trained}\n")
     console.print(shown)
     for line in footprint.remarks(rows):
         console.print(f"- {line}")

@@ -1,7 +1,8 @@
 """The one `torch.optim.Optimizer` subclass: torch's contract on top of rules, the engine underneath."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
@@ -9,6 +10,8 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
 from schuss import bounds
+from schuss.engine.clip import SkippedStep
+from schuss.engine.pieces import EMA
 from schuss.engine.process import uninterrupted
 from schuss.options import Options, Settings
 from schuss.rule import Rule, State
@@ -69,7 +72,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Any) -> None:
         states = {s if isinstance(s, str) else s.name for s in type(self).states.values()}
         self._options = Settings.parse(type(self).__name__, options, states, own=_own_arguments(type(self)))
-        self._plan: Plan | None = None
+        self._reset()
         self._rule = self._declare(defaults)
         self._check(defaults)
         super().__init__(params, defaults)
@@ -87,10 +90,16 @@ class Optimizer(torch.optim.Optimizer):
         states = {n: s if isinstance(s, State) else State(s) for n, s in cls.states.items()}
         return Rule(cls.__name__, cls.rule, cls.scalars, states, cls.scalar_states, cls.has_step, cls.decay, defaults)
 
+    def _reset(self) -> None:
+        self._plan: Plan | None = None
+        self.last_grad_norm: torch.Tensor | None = None
+        """With max_norm: the norm of all gradients of the last step, before clipping; on their device."""
+        self._skipped, self._is_averaged = 0, False
+        self._skipped_there: torch.Tensor | None = None
+
     def _declare(self, defaults: Mapping[str, Any]) -> Rule:
-        """The rule of this optimizer. Its random bits are keyed by the step, which must be kept then."""
-        rule = type(self).declared(defaults)
-        return rule.counting() if self._options.rounding == "stochastic" else rule
+        """The rule of this optimizer, with what its options add."""
+        return type(self).declared(defaults).with_options(self._options)
 
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
@@ -122,6 +131,10 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient that does not fit its parameter. Nothing has been changed then.
         """
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{type(self).__name__}: a step inside averaged() would be undone by its end; step before or after it"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -138,10 +151,54 @@ class Optimizer(torch.optim.Optimizer):
         try:
             if self._plan is None or not self._plan.is_current(self) or not self._plan.run(self, gain, skip):
                 self._plan_and_run(gain, skip)
+        except SkippedStep:
+            self._plan = None
+            self._skipped += 1
         except BaseException:
             self._plan = None  # whatever it was in the middle of, the next step looks afresh
             raise
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps nonfinite="skip" has left out; waits for the device if capturable=True has counted them."""
+        return self._skipped + (0 if self._skipped_there is None else int(self._skipped_there.item()))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averages of `ema_decay` in the place of the parameters, for an evaluation.
+
+        After the block the parameters are what they were, bit for bit, also when it raises. Parameters that have not
+        been stepped yet stay themselves.
+
+        Raises:
+            RuntimeError: the optimizer keeps no averages; or a step inside the block.
+        """
+        owner = type(self).__name__
+        if EMA not in self._rule.states:
+            raise RuntimeError(f"{owner}: no averages are kept; make it with ema_decay=0.999, say")
+        if self._is_averaged:
+            raise RuntimeError(f"{owner}: the parameters are averaged already; leave the inner averaged() out")
+        params = [p for group in self.param_groups for p in group["params"]]
+        averages = [(p, self.state[p][EMA]) for p in params if EMA in self.state.get(p, {})]
+        kept = [p.detach().clone() for p, _ in averages]
+        try:
+            self._is_averaged = True
+            with torch.no_grad():
+                for p, average in averages:
+                    p.copy_(average)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(averages, kept, strict=True):
+                    p.copy_(value)
+            self._is_averaged = False
+
+    def _count_skip(self, broken: torch.Tensor) -> None:
+        """Count a step that is skipped if a device finds it broken."""
+        if self._skipped_there is None:
+            self._skipped_there = torch.zeros((), dtype=torch.int64, device=broken.device)
+        self._skipped_there += broken
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as `torch.optim.Optimizer.add_param_group` does, after checking it.
@@ -202,7 +259,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_options", Settings())
-        self._plan = None
+        self._reset()
         self._rule = self._declare(self.defaults)
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -262,7 +319,8 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _make_state(self, p: torch.Tensor, group: Mapping[str, Any]) -> None:
         """Add to `self.state[p]` what is missing there."""
-        from schuss.engine.state import COMPENSATION, chosen, find, make, parameter_storage
+        from schuss.engine.state import COMPENSATION, Cell, chosen, find, make, parameter_storage
+        from schuss.engine.storage import Storage
 
         rule, kept = self._rule, self.state[p]
 
@@ -278,7 +336,8 @@ class Optimizer(torch.optim.Optimizer):
         for state in rule.states.values():
             if state.exists(group) and find(kept, state.name) is None:
                 cell, tensors = make(state.name, chosen(self, p, state)[0], p)
-                cell.write(torch.full_like(cell.read(torch.float64), initial(state.init)))
+                reals = Cell(Storage(p.dtype), p).read(torch.float64)
+                cell.write(reals if state.init == "p" else torch.full_like(reals, initial(state.init)))
                 kept.update(tensors)
         if parameter_storage(self, p).kahan and kept.get(COMPENSATION) is None:
             kept[COMPENSATION] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self, TypedDict
 
 import torch
 
-from schuss.bounds import nearest
+from schuss.bounds import check, nearest
 from schuss.engine.storage import ROUNDINGS, Rounding
 from schuss.rule import State
 
@@ -15,6 +15,10 @@ __all__ = ["BACKENDS", "Backend", "Options", "Settings", "StateDtype"]
 Backend = Literal["auto", "numba", "triton", "foreach", "reference"]
 BACKENDS = ("auto", "numba", "triton", "foreach", "reference")
 StateDtype = Literal["float32", "bfloat16", "int8"] | torch.dtype
+Nonfinite = Literal["propagate", "skip", "raise"]
+NONFINITE = ("propagate", "skip", "raise")
+NUMBERS = {"max_norm": "(0, inf]", "clip_value": "(0, inf)", "ema_decay": "[0, 1)"}
+"""Options that are numbers, or None, with their bounds."""
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
@@ -36,6 +40,27 @@ class Options(TypedDict, total=False):
     the nearer the likelier, so that small steps count on average), or "kahan" (what is cut off is kept in one more
     state of the parameter's dtype, and added to the next step)."""
 
+    max_norm: float | None
+    """Gradients are scaled so that the norm of all of them together is at most this, in (0, inf], as
+    `torch.nn.utils.clip_grad_norm_` does, but inside the step and without changing p.grad; after the unscaling of a
+    GradScaler. `optimizer.last_grad_norm` tells the norm before; with inf it is measured only. None (default): no."""
+
+    clip_value: float | None
+    """Each element of the gradient is limited to [-clip_value, clip_value], in (0, inf). None (default): no."""
+
+    nonfinite: Nonfinite
+    """What a step does if max_norm finds a norm that is infinite or NaN: "propagate" (default; as torch, parameters
+    become NaN), "skip" (nothing changes, and `optimizer.skipped_steps` counts it), or "raise" (nothing changes). On a
+    device the last two wait for it, unless capturable=True lets it skip by itself."""
+
+    ema_decay: float | None
+    """Keep an average of every parameter, in float32 at least, as the state "ema": ema = ema_decay * ema +
+    (1 - ema_decay) * p after each step of p, in the same pass; in [0, 1). `with optimizer.averaged():` puts it in the
+    parameters' place. None (default): no."""
+
+    ema_warmup: bool
+    """Whether the decay of the average starts lower, min(ema_decay, (1 + step) / (10 + step)). Default False."""
+
     seed: int
     """Of the random bits of rounding="stochastic", which depend on it, the parameter's place in the optimizer, the step
     and the element alone. Default 0."""
@@ -54,6 +79,16 @@ class Settings:
     state_dtype: Mapping[str, torch.dtype] = field(default_factory=dict)
     rounding: Rounding = "nearest"
     seed: int = 0
+    max_norm: float | None = None
+    clip_value: float | None = None
+    nonfinite: Nonfinite = "propagate"
+    ema_decay: float | None = None
+    ema_warmup: bool = False
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether every parameter must keep the number of its step, for rules that do without, too."""
+        return self.rounding == "stochastic" or self.ema_decay is not None
 
     @classmethod
     def parse(cls, owner: str, options: Mapping[str, Any], states: Collection[str], own: Iterable[str]) -> Self:
@@ -73,14 +108,21 @@ class Settings:
             if name not in Options.__annotations__:
                 known = (*own, *Options.__annotations__)
                 raise TypeError(f"{owner}: unknown argument {name!r}; {nearest(name, known)}")
-        backend, rounding = options.get("backend", "auto"), options.get("rounding", "nearest")
-        seed = options.get("seed", 0)
-        for name, value, allowed in (("backend", backend, BACKENDS), ("rounding", rounding, ROUNDINGS)):
-            if value not in allowed:
-                raise ValueError(f"{owner}: {name} must be one of {', '.join(allowed)}, got {value!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"{owner}: seed must be an integer, got {seed!r} ({type(seed).__name__})")
-        return cls(backend, _state_dtypes(owner, options.get("state_dtype"), states), rounding, seed)
+        given = {name: value for name, value in options.items() if name != "state_dtype"}
+        for name, allowed in (("backend", BACKENDS), ("rounding", ROUNDINGS), ("nonfinite", NONFINITE)):
+            if name in given and given[name] not in allowed:
+                raise ValueError(f"{owner}: {name} must be one of {', '.join(allowed)}, got {given[name]!r}")
+        for name, bound in NUMBERS.items():
+            if name in given:
+                check(owner, name, given[name], f"None or {bound}")
+        for name, kind, what in (("seed", int, "an integer"), ("ema_warmup", bool, "True or False")):
+            value = given.get(name, kind())
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise TypeError(f"{owner}: {name} must be {what}, got {value!r} ({type(value).__name__})")
+        for name, needed in (("nonfinite", "max_norm"), ("ema_warmup", "ema_decay")):
+            if given.get(name, cls.__dict__[name]) != cls.__dict__[name] and given.get(needed) is None:
+                raise ValueError(f"{owner}: {name}={given[name]!r} has no meaning without {needed}; give it, too")
+        return cls(state_dtype=_state_dtypes(owner, options.get("state_dtype"), states), **given)
 
     def check_exact(self, owner: str, states: Iterable[State], group: Mapping[str, Any]) -> None:
         """Raise if a state that a group of parameters needs exactly is to be stored in 8 bits."""

@@ -4,14 +4,18 @@ from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from schuss.bounds import number
-from schuss.engine.pieces import Pieces, trace
+from schuss.engine.pieces import EMA, Pieces, trace
 from schuss.engine.trace import Formula, parameters
+from schuss.formula import minimum, where
+
+if TYPE_CHECKING:
+    from schuss.options import Settings
 
 ENGINE_KEYS = ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keys of a parameter group that speak to the engine, not to the rule."""
@@ -23,11 +27,12 @@ class State:
 
     Args:
         name: its name in `optimizer.state[p]` and in checkpoints.
-        init: what it starts as: a number, or the name of a hyperparameter.
+        init: what it starts as: a number, the name of a hyperparameter, or "p": the parameter's value.
         when: the hyperparameter that must be true or non-zero for the state to exist; None: it always exists.
         nonnegative: it is never negative, so that 8-bit codes need no sign.
         exact: 8 bits would break the rule, since small differences of the state decide what happens: True, or the name
             of the hyperparameter that makes it so.
+        wide: it is stored in float32 at least, also for parameters of fewer bits.
     """
 
     name: str
@@ -35,6 +40,7 @@ class State:
     when: str | None = None
     nonnegative: bool = False
     exact: bool | str = False
+    wide: bool = False
 
     def exists(self, group: Mapping[str, Any]) -> bool:
         """Whether a parameter of this group has the state."""
@@ -83,6 +89,7 @@ class Rule:
         self.states, self.has_step, self.decay = states, has_step, decay
         step: dict[str, float | str] = {"step": 0.0} if has_step else {}
         self.scalar_states = step | dict(scalar_states)
+        self.options: Settings | None = None
         self._traced: dict[tuple[Variant, Pieces], tuple[Formula, tuple[str, ...]]] = {}
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
@@ -111,12 +118,14 @@ class Rule:
             start = max((c.stop for c in self.columns.values()), default=0)
             self.columns[key] = slice(start, start + (2 if key in self.pairs else 1))
 
-    def counting(self) -> "Rule":
-        """This rule with a `step` for every parameter, if it keeps none: random bits are keyed by it."""
-        if self.has_step:
-            return self
+    def with_options(self, options: "Settings") -> "Rule":
+        """This rule with what an optimizer's options add to it: an average, and a `step` for what is keyed by it."""
         rule = copy(self)
-        rule.has_step, rule.scalar_states = True, {"step": 0.0, **self.scalar_states}
+        rule.options, rule._traced = options, {}
+        if options.ema_decay is not None:
+            rule.states = {**self.states, EMA: State(EMA, init="p", wide=True, exact=True)}
+        if options.needs_step and not self.has_step:
+            rule.has_step, rule.scalar_states = True, {"step": 0.0, **self.scalar_states}
         return rule
 
     @cached_property
@@ -206,6 +215,13 @@ class Rule:
             result["decay"] = 1 - values["lr"] * weight_decay * decoupled if "lr" in values else 1.0
         result["weight_decay"] = weight_decay * (1 - decoupled) if self.decay is not None else 0.0
         result["gain"] = values["gain"] * gain
+        if (options := self.options) is not None:
+            if options.clip_value is not None:
+                result["clip_value"] = options.clip_value
+            if options.ema_decay is not None:
+                warm = (1 + values["step"]) / (10 + values["step"])
+                decay = minimum(warm, options.ema_decay) if options.ema_warmup else options.ema_decay
+                result["ema_weight"] = where(values["first"], 1.0, 1 - decay)
         for name in needed:
             if name not in result:
                 raise TypeError(
@@ -219,11 +235,15 @@ class Rule:
         weight_decay = _array(hyper.get("weight_decay", 0.0))
         used = (weight_decay != 0) if self.decay is not None else np.zeros_like(weight_decay, bool)
         decoupled = _array(hyper["decoupled"]) != 0
+        options = self.options
+        clips = options is not None and options.max_norm is not None
         return Pieces(
-            gain=bool(np.any(_array(hyper["gain"]) * gain != 1)),
+            gain=clips or bool(np.any(_array(hyper["gain"]) * gain != 1)),
+            clip_value=options is not None and options.clip_value is not None,
             l2=bool(np.any(used & ~decoupled)),
             l2_everywhere=bool(np.all(used & ~decoupled & (weight_decay == weight_decay))),
             decay=bool(np.any(used & decoupled)),
+            ema=options is not None and options.ema_decay is not None,
         )
 
 

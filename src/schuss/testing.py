@@ -232,8 +232,9 @@ def bounds_hold(cls: type[Optimizer], settings: Mapping[str, Any]) -> None:
                 try:
                     Run(cls, {**settings, name: value})
                 except ValueError as error:
-                    interval_text = bound[i] if isinstance(bound, tuple) else bound
-                    clear = f"{cls.__name__}: {where} must be in {interval_text}"
+                    allowed = bound[i] if isinstance(bound, tuple) else bound
+                    allowed = f"None or in {text}" if allowed.startswith("None or ") else f"in {text}"
+                    clear = f"{cls.__name__}: {where} must be {allowed}"
                     assert clear in str(error), f"unclear message: {error}"
                 else:
                     raise AssertionError(f"{name}={value!r} was accepted")

@@ -10,10 +10,10 @@ import torch
 from torch.autograd.graph import increment_version
 
 from schuss.engine import numba
-from schuss.engine.numba_kernel import kernel_source
+from schuss.engine.numba_kernel import CHUNK, kernel_source, sum_source
 from schuss.engine.pieces import Pieces
 from schuss.engine.state import COMPENSATION, kept_by, keys_of
-from schuss.engine.storage import Layout, compute_dtype, stream
+from schuss.engine.storage import Layout, compute_dtype, stream, traced
 from schuss.engine.trace import Formula
 from schuss.engine.watch import INSIDE, OTHERS, Watched, watch
 from schuss.rule import Rule, Variant
@@ -33,13 +33,19 @@ class Step:
         hyper: [group, column] hyperparameters as `Rule.numbers` packs them; NaN for those that are on a device.
         live: column -> each group's hyperparameter that is a tensor on a device, or None.
         gain: what every gradient is multiplied by.
-        skip: a number on the device; if it is not 0, the step changes nothing.
+        factor: a number on a device that it is multiplied by, too.
+        skip: a number on a device; if it is not 0, the step changes nothing.
     """
 
     hyper: Array
     live: Mapping[int, Sequence[torch.Tensor | None]]
     gain: float | torch.Tensor = 1.0
+    factor: torch.Tensor | None = None
     skip: torch.Tensor | None = None
+
+
+SQUARE = traced(lambda g: g * g, "g")
+"""What is summed for the norm of the gradients."""
 
 
 class Bucket(ABC):
@@ -53,6 +59,8 @@ class Bucket(ABC):
         fresh: the identities of those whose state was made just now.
     """
 
+    on_host = False
+    """Whether the tensors are the host's."""
     on_device = False
     """Whether a step's numbers are computed on the tensors' device."""
 
@@ -164,6 +172,16 @@ class Bucket(ABC):
             self._run(self._kernel[1])
         self._grads = []
 
+    def square_sum(self) -> float | torch.Tensor:
+        """The sum of the squares of the gradients that `compare` has found: on the host, or a tensor on the device."""
+        if self._sizes_changed:
+            self._plan_sizes()
+        return self._square_sum() if self._updated else 0.0
+
+    @abstractmethod
+    def _square_sum(self) -> float | torch.Tensor:
+        """`square_sum`, of one tensor at least."""
+
     @abstractmethod
     def _run(self, kernel: Any) -> None:
         """Launch the kernel, and write the new per-tensor scalars."""
@@ -226,9 +244,23 @@ class Bucket(ABC):
 class CpuBucket(Bucket):
     """A launch of the Numba back end."""
 
+    on_host = True
+
     def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> int:
         source = kernel_source(self._title, formula, scalars, self._layout)
         return numba.kernel_address(self._rule.owner.lower(), source)
+
+    def _square_sum(self) -> float:
+        chunks = -(-self._size // CHUNK)
+        first, sums = np.cumsum(chunks) - chunks, np.zeros(int(chunks.sum()))
+        source = sum_source("the sum of squared gradients", SQUARE, self._layout)
+        tables = (self._address, sums, first)
+        context = np.array([table.ctypes.data for table in tables], np.int64)
+        numba.sweep(
+            numba.parts(self._elements), numba.kernel_address("square", source), context.ctypes.data, self._size,
+            self._weight,
+        )  # fmt: skip
+        return float(sums.sum())
 
     def _run(self, kernel: int) -> None:
         tables = (self._address, self._row_of, self._table, self._streams)

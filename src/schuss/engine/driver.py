@@ -8,11 +8,11 @@ Loaded through `schuss.engine.cache`, so that its machine code lies in the same 
 from numba import float32, float64, int64, njit, prange
 
 from schuss.engine.native import c_call_status, c_call_word, call_kernel, load, prefetch, store
+from schuss.engine.numba_kernel import CHUNK
 
 # Functions that only compiled code calls have no wrapper for Python: they compile in half the time.
 inner = njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
-CHUNK = 16384  # elements of a tensor that one kernel call updates: p, g and two states of it stay in a core's cache
 AHEAD = 4  # tensors that memory is asked for before they are looked at
 OVERHEAD = 512  # what starting a tensor costs, in elements, so that threads get equal work from small tensors too
 
@@ -107,6 +107,13 @@ def launch_parallel(parts, kernel, context, size, weight, scalar_address, scalar
     for part in prange(parts):
         walk(kernel, context, size, weight, int64(part), parts)
     advance(scalar_address, scalar_is_double, active, row_of, values)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def sweep_parallel(parts, kernel, context, size, weight):
+    """Call a kernel that updates nothing on every chunk, on several threads."""
+    for part in prange(parts):
+        walk(kernel, context, size, weight, int64(part), parts)
 
 
 @njit(cache=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from schuss.engine import triton
-from schuss.engine.bucket import Array, Bucket, Step
+from schuss.engine.bucket import SQUARE, Array, Bucket, Step
 from schuss.engine.process import uninterrupted
 from schuss.engine.storage import Layout, compute_dtype
 from schuss.engine.trace import Formula
@@ -44,7 +44,8 @@ class GpuBucket(Bucket):
         super().__init__(rule, optimizer, entries, layout, fresh)
         self.on_device = on_device
         device = self.params[0].device
-        self._static, self._moving, self._numbers = Tables(device), Tables(device), Tables(device)
+        self._static, self._moving, self._numbers, self._addresses = (Tables(device) for _ in range(4))
+        self._factor: torch.Tensor | None = None
         self._skip: torch.Tensor | None = None
         self._columns: dict[str, Any] = {}
         self._last_gain: float | torch.Tensor = 1.0
@@ -57,8 +58,18 @@ class GpuBucket(Bucket):
                 self._plan_sizes()
             if self._updated:
                 self._finish_on_device(step)
-        self._skip = None if step.skip is None else step.skip.to(self.params[0].device, non_blocking=True)
+        self._factor, self._skip = self._here(step.factor), self._here(step.skip)
+        if self._factor is not None:
+            self._factor = self._factor.to(compute_dtype(self._layout))
         self.hyper_changed = False
+
+    def _here(self, number: torch.Tensor | None) -> torch.Tensor | None:
+        return None if number is None else number.to(self.params[0].device, non_blocking=True)
+
+    def _square_sum(self) -> torch.Tensor:
+        source = triton.sum_source("the sum of squared gradients", SQUARE, self._layout)
+        (addresses,) = self._addresses.put(self._address)
+        return triton.run_sum(triton.load("square", source), len(self._work), self._work, self._sizes, addresses).sum()
 
     def _plan_sizes(self) -> None:
         super()._plan_sizes()
@@ -91,7 +102,7 @@ class GpuBucket(Bucket):
         with uninterrupted():  # tensors and their step counts change together
             triton.run(
                 kernel, len(self._work), self._work, self._sizes, addresses, row_of, table, self._stream_table,
-                self._skip,
+                self._factor, self._skip,
             )  # fmt: skip
             if self.on_device:
                 self._advance_on_device()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from schuss.engine import cache as code_cache
-from schuss.engine.numba_kernel import ELEMENTS, native_digest
+from schuss.engine.numba_kernel import CHUNK, ELEMENTS, native_digest
 from schuss.engine.process import is_forked, uninterrupted
 
 
@@ -18,7 +18,7 @@ def driver() -> Any:
     """The compiled loops (`schuss.engine.driver`), loaded through the cache folder."""
     _choose_threading_layer()
     text = files("schuss.engine").joinpath("driver.py").read_text(encoding="utf-8")
-    return code_cache.load("driver", f"{text}\n# with native {native_digest()}\n")
+    return code_cache.load("driver", f"{text}\n# with native {native_digest()}, chunks of {CHUNK}\n")
 
 
 @cache
@@ -78,15 +78,28 @@ def launch(count: int, *arguments: Any) -> None:
     loops = driver()
     if count == 1 or is_forked():
         loops.launch_serial(*arguments)
-        return
+    else:
+        _in_parallel(loops.launch_parallel, count, *arguments)
+
+
+def sweep(count: int, *arguments: Any) -> None:
+    """Run a kernel that updates nothing, on `count` threads."""
+    loops = driver()
+    if count == 1 or is_forked():
+        loops.walk(*arguments, 0, 1)
+    else:
+        _in_parallel(loops.sweep_parallel, count, *arguments)
+
+
+def _in_parallel(loop: Any, count: int, *arguments: Any) -> None:
     import numba
 
     numba.set_num_threads(count)
     if _layer_is_safe():
-        loops.launch_parallel(count, *arguments)
+        loop(count, *arguments)
     else:
         with _one_at_a_time:
-            loops.launch_parallel(count, *arguments)
+            loop(count, *arguments)
 
 
 @cache

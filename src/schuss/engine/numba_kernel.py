@@ -3,8 +3,7 @@
 import builtins
 import hashlib
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -12,6 +11,7 @@ from importlib.resources import files
 import torch
 
 from schuss.engine.storage import BLOCK, MAPS, Layout, Storage, compute_dtype, slots, traced
+from schuss.engine.text import call, dtype_name, indented, safe_names
 from schuss.engine.trace import Formula, to_source
 
 
@@ -38,6 +38,10 @@ ELEMENTS = {
 }
 
 
+CHUNK = 16384
+"""Elements of a tensor that one kernel call updates: p, g and two states of it stay in a core's cache."""
+
+
 def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout: Layout) -> str:
     """The text of the kernel of a formula.
 
@@ -47,13 +51,13 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
         scalars: names of the scalars, in the order of a row of the table.
         layout: the storage of each input of the formula.
     """
-    value = _name(compute_dtype(layout))
+    value = dtype_name(compute_dtype(layout))
     names = safe_names([*layout, *scalars], _taken())
 
     def constant(number: float) -> str:
         return f"{value}({number!r})" if math.isfinite(number) else f"{value}(float('{number}'))"
 
-    lines, new = to_source(formula, _word, constant, names)
+    lines, new = to_source(formula, call, constant, names)
     maps = list(dict.fromkeys(s.dtype for s in layout.values() if s.blockwise))
     begin, count = ("block", "n") if maps else ("start", "count")
     role = _Role(names, value, begin, count)
@@ -74,12 +78,12 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
         once.append("stream = carray(pointer(tables[3] + tensor * 8, int64), (1,))[0]")
         once += [f"key{k} = stream_key(stream >> {32 * k}, int64({names['step']}))" for k in (0, 1)]
     arrays += [f"{names[letter]}_scale = {names[letter]}_absmax[0]" for letter, part in columns if part == "absmax"]
-    body = [*arrays, f"for i in range({count}):", *_indented([*loads, *lines, *stores])]
+    body = [*arrays, f"for i in range({count}):", *indented([*loads, *lines, *stores])]
     if encodes:
-        body += [*scales, f"for i in range({count}):", *_indented(encodes)]
+        body += [*scales, f"for i in range({count}):", *indented(encodes)]
     if maps:
         header = (f"for block in range(start, start + count, {BLOCK}):", f"    n = min({BLOCK}, start + count - block)")
-        body = [*header, *_indented(body)]
+        body = [*header, *indented(body)]
     table = ", ".join(f"{names[letter]}: {storage}" for letter, storage in layout.items())
     width, integers = compute_dtype(layout).itemsize, ", int8, int32, int64, uint8" if maps else ", int32, int64"
     return "".join(
@@ -95,7 +99,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
             *(line for dtype in maps for line in _conversions(dtype)),
             '@cfunc(void(int64, int64, int64, int64), cache=True, error_model="numpy")',
             "def kernel(context, tensor, start, count):",
-            *_indented(
+            *indented(
                 [
                     f"tables = carray(pointer(context, int64), ({3 + streams},))",
                     f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
@@ -103,6 +107,50 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
                     f"scalar = carray(pointer(tables[2] + row * {width * len(scalars)}, {value}), ({len(scalars)},))",
                     *once,
                     *body,
+                ]
+            ),
+        )
+    )
+
+
+def sum_source(title: str, formula: Formula, layout: Layout) -> str:
+    """The text of a kernel that sums the value of a formula over a stretch of a tensor, in float64.
+
+    Args:
+        title: what the kernel is, for its reader.
+        formula: with one output; it may read any role of the layout, and no scalars.
+        layout: the storage of each role of the table of addresses.
+    """
+    names = safe_names(list(layout), _taken())
+    lines, new = to_source(formula, call, lambda number: f"float64({number!r})", names)
+    role = _Role(names, "float64", "start", "count")
+    columns = slots(layout)
+    read = [(k, letter, part) for k, (letter, part) in enumerate(columns) if letter in formula.inputs]
+    (value,) = new.values()
+    return "".join(
+        f"{line}\n"
+        for line in (
+            f'"""{title}\n',
+            f"A sum over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in formula.inputs)}, in float64.",
+            f"context: addresses of the table of data pointers [tensor, {len(columns)}], of all chunks' sums, and of",
+            'each tensor\'s first chunk.\n"""\n',
+            "import numpy as np",
+            "from numba import carray, cfunc, float32, float64, int64, uint16, void\n",
+            f"from schuss.engine.native import *  # digest {native_digest()}\n\n",
+            "# Terms may be added in any order, and so as vectors; a chunk's sum is the same whoever adds it.",
+            '@cfunc(void(int64, int64, int64, int64), cache=True, error_model="numpy", fastmath={"reassoc"})',
+            "def kernel(context, tensor, start, count):",
+            *indented(
+                [
+                    "tables = carray(pointer(context, int64), (3,))",
+                    f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
+                    "first = carray(pointer(tables[2] + tensor * 8, int64), (1,))[0]",
+                    *(role.array(k, letter, part, layout[letter]) for k, letter, part in read),
+                    "total = float64(0)",
+                    "for i in range(count):",
+                    *indented([*(role.load(letter, layout[letter]) for letter in formula.inputs), *lines]),
+                    f"    total += {value}",
+                    f"carray(pointer(tables[1] + (first + start // {CHUNK}) * 8, float64), (1,))[0] = total",
                 ]
             ),
         )
@@ -175,44 +223,17 @@ class _Role:
 
 def _conversions(dtype: torch.dtype) -> list[str]:
     """The functions between 8-bit codes and shares of a block's absmax."""
-    name, text = _name(dtype), []
+    name, text = dtype_name(dtype), []
     for word, function, result in (
         ("decode", MAPS[dtype].decode, "{}"),
         ("encode", MAPS[dtype].encode, f"cut_off_{name}({{}})"),
     ):
-        lines, new = to_source(traced(function, "x"), _word, lambda number: f"float32({number!r})", {"x": "x"})
+        lines, new = to_source(traced(function, "x"), call, lambda number: f"float32({number!r})", {"x": "x"})
         argument = "x = float32(code)" if word == "decode" else None
         text += ["@inline", f"def {word}_{name}({'code' if argument else 'x'}):"]
-        text += _indented([*([argument] if argument else []), *lines, f"return {result.format(new['out'])}"])
+        text += indented([*([argument] if argument else []), *lines, f"return {result.format(new['out'])}"])
         text += ["", ""]
     return text
-
-
-def _word(name: str, args: list[str]) -> str:
-    return f"{name}({', '.join(args)})"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _indented(statements: Sequence[str]) -> list[str]:
-    return [f"    {statement}" for statement in statements]
-
-
-def safe_names(names: Sequence[str], taken: set[str]) -> dict[str, str]:
-    """What the letters and scalars of a rule are called in a kernel: themselves, unless the kernel has the name."""
-    safe: dict[str, str] = {}
-    for name in names:
-        new = name
-        while (
-            new in taken
-            or new in safe.values()
-            or re.fullmatch(r"t\d+|.*_|.*_(new|rest|bits|values|absmax|top|scale|inverse)", new)
-        ):
-            new = f"v_{new}_0"
-        safe[name] = new
-    return safe
 
 
 @cache
@@ -220,10 +241,10 @@ def _taken() -> set[str]:
     """The names that a kernel's text has for itself."""
     from schuss.engine import native
 
-    own = "kernel context tensor start count tables at row scalar i block n stream key0 key1 cfunc carray void np"
-    words = {f"{word}_{_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
+    own = "kernel context tensor start count tables at row scalar i block n stream key0 key1 first total"
+    words = {f"{word}_{dtype_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
     numbers = {"int8", "int32", "int64", "uint8", "uint16", "float32", "float64"}
-    return {*own.split(), *words, *numbers, *dir(native), *dir(builtins)}
+    return {*own.split(), "cfunc", "carray", "void", "np", *words, *numbers, *dir(native), *dir(builtins)}
 
 
 @cache

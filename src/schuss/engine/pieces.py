@@ -1,7 +1,8 @@
-"""What cuts across rules, composed with a rule once for every back end: scaling, weight decay.
+"""What cuts across rules, composed with a rule once for every back end: scaling, clipping, weight decay, averages.
 
-A piece is an expression in front of the rule, in the same pass. Its numbers are rows of the table like the rule's
-own, with a neutral value for the tensors that do not use it; a piece that no tensor of a launch uses is left out.
+A piece is an expression in front of the rule or behind it, in the same pass. Its numbers are rows of the table like
+the rule's own, with a neutral value for the tensors that do not use it; a piece that no tensor of a launch uses is
+left out.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from schuss.engine.trace import Expr, Formula, Graph, parameters
-from schuss.formula import where
+from schuss.formula import clamp, lerp, where
+
+EMA = "ema"
+"""The letter, and the name, of the state that averages the parameter."""
 
 
 @dataclass(frozen=True)
@@ -18,19 +22,28 @@ class Pieces:
 
     gain: bool = False
     """The gradient is multiplied: by -1 to maximize, by 1 / scale to undo a GradScaler."""
+    clip_value: bool = False
+    """The gradient is limited to [-clip_value, clip_value]."""
     l2: bool = False
     """weight_decay * p is added to the gradient."""
     l2_everywhere: bool = True
     """No tensor has weight_decay 0; where one has, infinite parameters must not turn its gradient into NaN."""
     decay: bool = False
     """p is multiplied by 1 - lr * weight_decay before the rule: decoupled weight decay."""
+    ema: bool = False
+    """The state "ema" moves towards the new p by ema_weight."""
 
     @property
     def scalars(self) -> tuple[str, ...]:
         """The names of the scalars that the pieces need."""
-        return tuple(
-            name for name, there in (("gain", self.gain), ("weight_decay", self.l2), ("decay", self.decay)) if there
-        )
+        scalars = {
+            "gain": self.gain,
+            "clip_value": self.clip_value,
+            "weight_decay": self.l2,
+            "decay": self.decay,
+            "ema_weight": self.ema,
+        }
+        return tuple(name for name, there in scalars.items() if there)
 
 
 def apply(
@@ -52,6 +65,8 @@ def apply(
     """
     if pieces.gain:
         g = g * others["gain"]
+    if pieces.clip_value:
+        g = clamp(g, -others["clip_value"], others["clip_value"])
     if pieces.l2:
         decayed = g + others["weight_decay"] * p
         g = decayed if pieces.l2_everywhere else where(others["weight_decay"] != 0, decayed, g)
@@ -65,7 +80,10 @@ def apply(
         raise TypeError(
             f"{rule.__qualname__} must return the new {', '.join(['p', *letters])}, got {1 + len(new_states)} values"
         )
-    return {"p": new_p} | {n: new for n, new in zip(letters, new_states, strict=True) if states[n] is not None}
+    result = {"p": new_p} | {n: new for n, new in zip(letters, new_states, strict=True) if states[n] is not None}
+    if pieces.ema:
+        result[EMA] = lerp(states[EMA], new_p, others["ema_weight"])
+    return result
 
 
 def trace(

@@ -16,7 +16,8 @@ import torch
 from schuss import bounds
 from schuss.engine import foreach, reference
 from schuss.engine.bucket import Bucket, CpuBucket, Step
-from schuss.engine.pieces import Pieces
+from schuss.engine.clip import clip
+from schuss.engine.pieces import EMA, Pieces
 from schuss.engine.report import render
 from schuss.engine.route import SHARED, Route, check_gradient, overlapping, route
 from schuss.engine.state import COMPENSATION, Cell, chosen, find, kept_by, parameter_cell, parameter_storage
@@ -241,13 +242,28 @@ class Plan:
                 return False
         if any(p.grad is not None for p in self._idle) or not self._eager_routes_hold(optimizer):
             return False
+        options, factor = optimizer._options, None
+        if options.max_norm is not None:
+            eager = [e.p.grad for e in self._eager if e.p.grad is not None]
+            clipped = clip(self._rule.owner, options, self._buckets, eager, gain)
+            optimizer.last_grad_norm, gain, factor = clipped.norm, clipped.gain, clipped.factor
+            if clipped.broken is not None:
+                optimizer._count_skip(clipped.broken)
+                skip = clipped.broken.float() if skip is None else skip.to(clipped.broken.device) + clipped.broken
         here = self._read_device() if self._on_device else self._hyper
+        host_gain = gain
+        if factor is not None and (self._eager or any(bucket.on_host for bucket in self._buckets)):
+            host_gain = gain * factor.item()
         for bucket in self._buckets:
-            bucket.prepare(Step(self._hyper if bucket.on_device else here, self._on_device, gain, skip))
+            if bucket.on_host:
+                bucket.prepare(Step(here, {}, host_gain))
+            else:
+                hyper = self._hyper if bucket.on_device else here
+                bucket.prepare(Step(hyper, self._on_device, gain, factor, skip))
         for bucket in self._buckets:
             bucket.launch()
         if self._eager:
-            self._run_eager(optimizer, here, bounds.number(gain))
+            self._run_eager(optimizer, here, bounds.number(host_gain))
         return True
 
     def _read_device(self) -> np.ndarray[Any, Any]:
@@ -303,8 +319,8 @@ class Plan:
                 key = (e.variant, tuple(self._layout(optimizer, e).items()), e.p.device, pieces)
                 lists.setdefault(key, []).append((e, g, scalars))
                 continue
-            if g.layout != torch.strided and optimizer.sparse_form(group) == "dense":
-                g = g.to_dense()
+            if g.layout != torch.strided and (optimizer.sparse_form(group) == "dense" or EMA in rule.states):
+                g = g.to_dense()  # a buffer, or an average, moves where there is no gradient, too
             names = rule.trace(e.variant, pieces)[1]
             with torch.set_grad_enabled(differentiable):
                 reference.update(

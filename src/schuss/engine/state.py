@@ -165,7 +165,7 @@ def chosen(optimizer: "Optimizer", p: torch.Tensor, state: "State") -> tuple[Sto
     """What a new state of a parameter is stored as, and why not as `state_dtype` says."""
     wish = optimizer._options.state_dtype.get(state.name)
     if wish is None:
-        return Storage(p.dtype), ""
+        return Storage(torch.promote_types(p.dtype, torch.float32) if state.wide else p.dtype), ""
     if p.is_complex():
         return Storage(p.dtype), "complex"
     if wish != torch.int8:

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from schuss.engine import cache as code_cache
-from schuss.engine.numba_kernel import safe_names
 from schuss.engine.storage import BLOCK, MAPS, Layout, Storage, compute_dtype, slots, traced
+from schuss.engine.text import call, dtype_name, indented, safe_names
 from schuss.engine.trace import Expr, Formula, to_source
 
 NUM_WARPS = 8
@@ -37,7 +37,7 @@ An H200 hides its latency with about 30 kB under way per multiprocessor. A progr
 needs few enough registers for several of them; a smaller chunk would pay more often for reading its addresses. One
 block of 8-bit codes per warp makes the search for its absmax an exchange between lanes, without shared memory.
 """
-TABLES = ("work", "sizes", "addresses", "row_of", "table", "streams", "skip")
+TABLES = ("work", "sizes", "addresses", "row_of", "table", "streams", "factor", "skip")
 """What a kernel is launched with. It is compiled once, wherever in a buffer of the caller they begin."""
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, "sanitize_overflow": False}
 """How kernels are compiled. Hashes overflow on purpose."""
@@ -72,9 +72,9 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
         scalars: names of the scalars, in the order of a row of the table.
         layout: the storage of each input of the formula.
     """
-    value = _name(compute_dtype(layout))
+    value = dtype_name(compute_dtype(layout))
     names = safe_names([*layout, *scalars], _taken(layout))
-    lines, new = to_source(_in_words(formula), _word, lambda number: _constant(value, number), names)
+    lines, new = to_source(_in_words(formula), call, lambda number: _constant(value, number), names)
     columns = [_Column(names[letter], part, layout[letter]) for letter, part in slots(layout)]
     blocks, stochastic = any(s.blockwise for s in layout.values()), layout["p"].stochastic
     stores = [
@@ -97,7 +97,8 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     arguments = ["start", "size", *addresses, *(names[name] for name in scalars), *keys]
     stream = ["stream = tl.load(streams + tensor)"] if stochastic else []
     stream += [f"{key} = stream_key(stream >> {32 * k}, {names['step']})" for k, key in enumerate(keys)]
-    table = ", ".join(f"{names[letter]}: {_describe(storage)}" for letter, storage in layout.items())
+    factor = ["if factor is not None:", f"    {names.get('gain')} *= tl.load(factor)"]
+    table = ", ".join(f"{names[letter]}: {storage}" for letter, storage in layout.items())
     return "".join(
         f"{line}\n"
         for line in (
@@ -111,10 +112,10 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
             *(line for d in dict.fromkeys(s.dtype for s in layout.values() if s.blockwise) for line in _conversions(d)),
             "@triton.jit",
             *_wrapped("def update(", [*arguments, "FULL:\xa0tl.constexpr", "TILE:\xa0tl.constexpr"], "):"),
-            *_indented([*tile, *(c.pointer for c in columns), *loads, *lines, *stores]),
+            *indented([*tile, *(c.pointer for c in columns), *loads, *lines, *stores]),
             f"\n\n@triton.jit(do_not_specialize_on_alignment={list(TABLES)})",
             f"def kernel({', '.join(TABLES)}, CHUNK: tl.constexpr):",
-            *_indented(
+            *indented(
                 [
                     "if skip is not None:",
                     "    if tl.load(skip) != 0:",
@@ -127,14 +128,71 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
                     *(f"{name} = tl.load(column + {k})" for k, name in enumerate(addresses)),
                     f"row = table + tl.load(row_of + tensor).to(tl.int64) * {len(scalars)}",
                     *(f"{names[name]} = tl.load(row + {k})" for k, name in enumerate(scalars)),
+                    *(factor if "gain" in scalars else []),
                     *stream,
                     f"if (start + CHUNK <= size) & (({' | '.join(addresses)}) % 16 == 0):",
-                    *_indented(_wrapped("update(", [*arguments, "True", "CHUNK"], ")")),
+                    *indented(_wrapped("update(", [*arguments, "True", "CHUNK"], ")")),
                     "else:  # in tiles, since masks of a whole chunk would take registers from the path above",
                     "    end = tl.minimum(size, start + CHUNK)",
                     "    while start < end:",
-                    *_indented(_indented(_wrapped("update(", [*arguments, "False", "CHUNK // 4"], ")"))),
+                    *indented(indented(_wrapped("update(", [*arguments, "False", "CHUNK // 4"], ")"))),
                     "        start += CHUNK // 4",
+                ]
+            ),
+        )
+    )
+
+
+def sum_source(title: str, formula: Formula, layout: Layout) -> str:
+    """The text of a kernel that sums the value of a formula over each chunk, in float64.
+
+    Args:
+        title: what the kernel is, for its reader.
+        formula: with one output; it may read any role of the layout, and no scalars.
+        layout: the storage of each role of the table of addresses.
+    """
+    names = safe_names(list(layout), _taken(layout))
+    lines, new = to_source(_in_words(formula), call, lambda number: _constant("float64", number), names)
+    all_columns = [(letter, _Column(names[letter], part, layout[letter])) for letter, part in slots(layout)]
+    columns = [(k, column) for k, (letter, column) in enumerate(all_columns) if letter in formula.inputs]
+    (value,) = new.values()
+    addresses = [column.address for _, column in columns]
+    return "".join(
+        f"{line}\n"
+        for line in (
+            f'"""{title}\n',
+            f"A sum over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in formula.inputs)}, in float64.",
+            'A program sums the chunk of a tensor that its row of work names.\n"""\n',
+            "import triton",
+            "import triton.language as tl\n",
+            f"from schuss.engine.triton_words import *  # digest {_words_digest()}\n\n",
+            "@triton.jit",
+            f"def update(sums, start, size, {', '.join(addresses)}, FULL: tl.constexpr, TILE: tl.constexpr):",
+            *indented(
+                [
+                    "i = tl.arange(0, TILE)",
+                    "inside = None if FULL else start + i < size",
+                    *(column.pointer for _, column in columns),
+                    *(_load(names[letter], layout[letter], "float64") for letter in formula.inputs),
+                    *lines,
+                    f"total = {value} if FULL else tl.where(inside, {value}, 0)",
+                    "tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))",
+                ]
+            ),
+            f"\n\n@triton.jit(do_not_specialize_on_alignment={['work', 'sizes', 'addresses', 'sums']})",
+            "def kernel(work, sizes, addresses, sums, CHUNK: tl.constexpr):",
+            *indented(
+                [
+                    "at = work + 2 * tl.program_id(0)",
+                    "tensor = tl.load(at).to(tl.int64)",
+                    "start = tl.load(at + 1).to(tl.int64) * CHUNK",
+                    "size = tl.load(sizes + tensor)",
+                    f"column = addresses + tensor * {len(all_columns)}",
+                    *(f"{column.address} = tl.load(column + {k})" for k, column in columns),
+                    f"if (start + CHUNK <= size) & (({' | '.join(addresses)}) % 16 == 0):",
+                    f"    update(sums, start, size, {', '.join(addresses)}, True, CHUNK)",
+                    "else:",
+                    f"    update(sums, start, size, {', '.join(addresses)}, False, CHUNK)",
                 ]
             ),
         )
@@ -204,15 +262,15 @@ def _converts(storage: Storage, value: str) -> bool:
 
 def _conversions(dtype: torch.dtype) -> list[str]:
     """The functions between 8-bit codes and shares of a block's absmax."""
-    name, map, text = _name(dtype), MAPS[dtype], []
+    name, map, text = dtype_name(dtype), MAPS[dtype], []
     for word, argument, function in (("decode", "code", map.decode), ("encode", "share", map.encode)):
-        lines, new = to_source(_in_words(traced(function, argument)), _word, lambda n: _constant("float32", n))
+        lines, new = to_source(_in_words(traced(function, argument)), call, lambda n: _constant("float32", n))
         result = new["out"]
         if word == "decode":
             lines = [f"{argument} = {argument}.to(tl.float32)", *lines]
         else:
             result = f"({result}).to(tl.int32).to(tl.{name})"  # cuts the fraction off
-        text += ["@triton.jit", f"def {word}_{name}({argument}):", *_indented([*lines, f"return {result}"]), "\n"]
+        text += ["@triton.jit", f"def {word}_{name}({argument}):", *indented([*lines, f"return {result}"]), "\n"]
     return text
 
 
@@ -253,26 +311,10 @@ def _constant(value: str, number: float) -> str:
     return f"{value}({number!r})" if math.isfinite(number) else f"{value}(float('{number}'))"
 
 
-def _word(name: str, args: list[str]) -> str:
-    return f"{name}({', '.join(args)})"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _describe(storage: Storage) -> str:
-    return _name(storage.dtype) + ("" if storage.rounding == "nearest" else f" ({storage.rounding})")
-
-
 def _wrapped(head: str, arguments: Sequence[str], tail: str) -> list[str]:
     """A call or a signature in lines of a readable length; a no-break space keeps together what belongs together."""
     lines = textwrap.wrap(f"{head}{', '.join(arguments)}{tail}", 108, subsequent_indent="    ")
     return [line.replace("\xa0", " ") for line in lines]
-
-
-def _indented(statements: Sequence[str]) -> list[str]:
-    return [f"    {statement}" for statement in statements]
 
 
 def _taken(layout: Layout) -> set[str]:
@@ -281,7 +323,7 @@ def _taken(layout: Layout) -> set[str]:
         "kernel update work sizes addresses row_of table streams skip CHUNK FULL TILE at tensor start size column row "
         "stream key0 key1 random end block i count inside blocks triton tl code share"
     )
-    words = {f"{word}_{_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
+    words = {f"{word}_{dtype_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
     suffixes = ("at", "absmax_at", "rest_at", "absmax", "inverse", "rest", "bits", "new")
     parts = {f"{letter}_{suffix}" for letter in layout for suffix in suffixes}
     text = files("schuss.engine").joinpath("triton_words.py").read_text(encoding="utf-8")
@@ -313,6 +355,7 @@ def run(
     row_of: torch.Tensor,
     table: torch.Tensor,
     streams: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
 ) -> None:
     """Launch a kernel on the tensors' device and its current stream.
@@ -326,11 +369,23 @@ def run(
         row_of: int32 [tensors]: rows of the table.
         table: [rows, scalars] in the dtype that the kernel computes in.
         streams: int64 [tensors], for stochastic rounding.
+        factor: one number that the scalar "gain" is multiplied by.
         skip: one float32; if it is not 0 when the kernel runs, nothing is changed.
     """
     if programs:
         with torch.cuda.device_of(work), np.errstate(all="ignore"):  # NumPy computes in Triton's interpreter
-            kernel[(programs,)](work, sizes, addresses, row_of, table, streams, skip, CHUNK=CHUNK, **OPTIONS)
+            kernel[(programs,)](work, sizes, addresses, row_of, table, streams, factor, skip, CHUNK=CHUNK, **OPTIONS)
+
+
+def run_sum(
+    kernel: Any, programs: int, work: torch.Tensor, sizes: torch.Tensor, addresses: torch.Tensor
+) -> torch.Tensor:
+    """Launch a kernel of `sum_source`; returns float64 [programs], the sums of the chunks."""
+    sums = torch.empty(programs, dtype=torch.float64, device=work.device)
+    if programs:
+        with torch.cuda.device_of(work), np.errstate(all="ignore"):
+            kernel[(programs,)](work, sizes, addresses, sums, CHUNK=CHUNK, **OPTIONS)
+    return sums
 
 
 @cache
@@ -404,8 +459,10 @@ def compiled(label: str, source: str, layout: Layout, arch: str = "sm_90", skip:
     from triton.compiler import ASTSource
 
     table = "*fp64" if compute_dtype(layout) == torch.float64 else "*fp32"
-    types = dict(zip(TABLES, ("*i32", "*i64", "*i64", "*i32", table, "*i64", "*fp32"), strict=True))
-    absent = [name for name, there in (("streams", layout["p"].stochastic), ("skip", skip)) if not there]
+    types = dict(zip(TABLES, ("*i32", "*i64", "*i64", "*i32", table, "*i64", table, "*fp32"), strict=True))
+    absent = [
+        name for name, there in (("streams", layout["p"].stochastic), ("factor", False), ("skip", skip)) if not there
+    ]
     constants = {"CHUNK": CHUNK} | dict.fromkeys(absent)
     text = ASTSource(load(label, source), types | dict.fromkeys(constants, "constexpr"), constants)
     made = triton.compile(text, target=GPUTarget("cuda", int(match[1]), 32), options=OPTIONS)
