@@ -1,17 +1,21 @@
 """Steps of every optimizer on a CUDA device against torch's, and against the bandwidth of a copy. Prints Markdown.
 
     python benchmarks/gpu.py [--quick] [--only AdamW,SGD] [--tables rules,storage,small,groups,capture]
+    python benchmarks/gpu.py --ptx sm_90
 
 Device times are taken with CUDA events around single steps, alternating between the optimizers of a row, medians; the
 host's time is that of the call, with an idle device. "of copy" is the bytes that the step must move, over its time,
 over the bandwidth of `b.copy_(a)` on as many bytes in the same row. The optimizers of a row update the same parameters
 with the same gradients; each has its own state. optimi and bitsandbytes take part where they are installed.
+
+The second form needs no GPU: it compiles the kernels of every rule, and prints what is in their machine code.
 """
 
 import argparse
 import gc
 import importlib
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -198,6 +202,33 @@ def capture_table(seconds: float) -> None:
         free()
 
 
+def machine_table(arch: str, only: list[str]) -> None:
+    """Compile every rule's kernel, with state in float32 and in 8 bits, and look at the result."""
+    from schuss import describe
+    from schuss.engine import triton
+
+    print(f"\n### Kernels for {arch}: 128-bit loads, 128-bit stores, registers per thread, bytes spilled\n")
+    print("| rule | state float32 | | | | state int8 | | | |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name, settings in RULES.items():
+        if only and name.split()[0] not in only:
+            continue
+        cells = []
+        for storage in ({}, {"state_dtype": "int8"}):
+            try:
+                made = describe.kernel(
+                    getattr(optim, CLASSES.get(name, name.split()[0])), settings | storage, backend="triton"
+                )
+            except ValueError:  # a state that must be exact
+                cells += ["-"] * 4
+                continue
+            machine = triton.compiled(made.label, made.source, made.layout, arch)
+            wide = [len(re.findall(rf"{word}\.global(?:\.\w+)*\.v4\.\w?32", machine.ptx)) for word in ("ld", "st")]
+            used = triton.resources(machine)
+            cells += [*map(str, wide), str(used.registers), str(used.spilled_bytes)]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def free() -> None:
     """Give the memory of what was deleted back."""
     gc.collect()
@@ -210,7 +241,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     parser.add_argument("--only", default="", help="classes, comma-separated")
     parser.add_argument("--tables", default="rules,storage,small,groups,capture")
+    parser.add_argument("--ptx", metavar="ARCH", help="compile for this architecture, sm_90 say, and run nothing")
     arguments = parser.parse_args()
+    if arguments.ptx:
+        machine_table(arguments.ptx, [n for n in arguments.only.split(",") if n])
+        return
     if not torch.cuda.is_available():
         parser.exit(1, "gpu.py: torch sees no CUDA device\n")
     torch.manual_seed(0)

@@ -132,7 +132,7 @@ def run(
         torch.arange(len(tensors), dtype=torch.int32),
         torch.tensor(rows, dtype=compute_dtype(kernel.layout)),
         None if streams is None else torch.tensor([s - (s >> 63 << 64) for s in streams]),
-        None if skip is None else torch.tensor([skip]),
+        skip=None if skip is None else torch.tensor([skip]),
     )
 
 

@@ -113,7 +113,8 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
             "@triton.jit",
             *_wrapped("def update(", [*arguments, "FULL:\xa0tl.constexpr", "TILE:\xa0tl.constexpr"], "):"),
             *indented([*tile, *(c.pointer for c in columns), *loads, *lines, *stores]),
-            f"\n\n@triton.jit(do_not_specialize_on_alignment={list(TABLES)})",
+            "\n",
+            *_wrapped("@triton.jit(do_not_specialize_on_alignment=[", list(map(repr, TABLES)), "])"),
             f"def kernel({', '.join(TABLES)}, CHUNK: tl.constexpr):",
             *indented(
                 [
