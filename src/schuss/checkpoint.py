@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import StateDict
 
+from schuss.engine.pieces import EMA
 from schuss.engine.state import COMPENSATION, blocks, chosen, find, keys_of, make, parameter_storage
 from schuss.engine.watch import significant_strides
 
@@ -149,7 +150,7 @@ def portable(optimizer: "Optimizer", state_dict: StateDict) -> StateDict:
     """`state_dict` as torch.optim's namesake loads it: values instead of codes, and no state that only schuss has."""
     rule, entries = optimizer._rule, {}
     for index, kept in state_dict["state"].items():
-        plain = {key: value for key, value in kept.items() if key != COMPENSATION}
+        plain = {key: value for key, value in kept.items() if key not in (COMPENSATION, EMA)}
         if not optimizer.has_step:
             plain.pop("step", None)
         for state in rule.states.values():

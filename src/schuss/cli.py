@@ -249,6 +249,58 @@ def plan(
     )
 
 
+@app.command()
+def schedule(
+    expression: Annotated[
+        str,
+        typer.Argument(
+            help='Such as "warmup(cosine(1000), 100)". There are constant, linear, cosine, polynomial, one_minus_sqrt, '
+            "exponential, step, multi_step, inverse_sqrt, one_cycle, cyclical, cosine_restarts, wsd, join, scale, "
+            "warmup and absolute.",
+        ),
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Steps to draw, from step 0.")] = 1000,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate that the factors multiply. Default: 1.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write an interactive picture to this .html file.", show_default=False)
+    ] = None,
+) -> None:
+    """Draw a schedule, given as an expression."""
+    from rich.console import Console
+
+    from schuss.schedules import absolute, parse, picture
+
+    with bad_values():
+        if lr is not None and not 0 < lr < float("inf"):
+            raise ValueError(f"--lr must be in (0, inf), got {lr:g}")
+        if out is not None and out.suffix != ".html":
+            raise ValueError(f"--out must end in .html, got {out}")
+        curve = parse(expression)
+        if lr is not None and isinstance(curve, absolute):
+            raise ValueError("--lr is for a schedule of factors; absolute(...) is one of values")
+        try:
+            t, values = picture.sample(curve, steps)
+        except ArithmeticError:
+            raise ValueError(f"{curve} gets too large within {steps} steps") from None
+    values *= 1 if lr is None else lr
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    width = min(console.width, 100) - 12 if console.is_terminal else 72
+    dots = "utf" in console.encoding.lower()
+    console.print(picture.text(values, width=max(width, 8), dots=dots), style="cyan")
+    top = int(values.argmax())
+    console.print(f"{curve}: {values[0]:.4g} at step 0, {values[-1]:.4g} at step {t[-1]}")
+    console.print(f"highest: {values[top]:.4g} at step {t[top]}")
+    if out is not None:
+        page = picture.page(curve, steps, lr=1 if lr is None else lr)
+        try:
+            out.write_text(page, encoding="utf-8")
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write {out}: {error.strerror}") from error
+        console.print(f"Picture: {out}")
+
+
 def _setting(text: str) -> tuple[str, object]:
     from schuss.options import Options
 

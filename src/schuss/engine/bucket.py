@@ -192,8 +192,7 @@ class Bucket(ABC):
 
     def _plan_sizes(self) -> None:
         self._size = self._numel * self.active
-        self._weight = np.zeros(len(self._size) + 1, np.int64)
-        np.cumsum((self._size + self._loops.OVERHEAD) * self.active, out=self._weight[1:])
+        self._weight = weights(self._size, self.active)
         self._updated = [p for p, active in zip(self.params, self.active, strict=True) if active]
         self._elements = int(self._size.sum())
         self._sizes_changed = False
@@ -251,16 +250,7 @@ class CpuBucket(Bucket):
         return numba.kernel_address(self._rule.owner.lower(), source)
 
     def _square_sum(self) -> float:
-        chunks = -(-self._size // CHUNK)
-        first, sums = np.cumsum(chunks) - chunks, np.zeros(int(chunks.sum()))
-        source = sum_source("the sum of squared gradients", SQUARE, self._layout)
-        tables = (self._address, sums, first)
-        context = np.array([table.ctypes.data for table in tables], np.int64)
-        numba.sweep(
-            numba.parts(self._elements), numba.kernel_address("square", source), context.ctypes.data, self._size,
-            self._weight,
-        )  # fmt: skip
-        return float(sums.sum())
+        return sum_of(SQUARE, self._layout, self._address, self._size, self._weight)
 
     def _run(self, kernel: int) -> None:
         tables = (self._address, self._row_of, self._table, self._streams)
@@ -269,6 +259,31 @@ class CpuBucket(Bucket):
             numba.parts(self._elements), kernel, context.ctypes.data, self._size, self._weight, *self._per_tensor,
             self._new,
         )  # fmt: skip
+
+
+def weights(size: Array, active: Array) -> Array:
+    """Prefix sums of what updating each tensor costs, by which threads share the work."""
+    result = np.zeros(len(size) + 1, np.int64)
+    np.cumsum((size + numba.driver().OVERHEAD) * active, out=result[1:])
+    return result
+
+
+def sum_of(formula: Formula, layout: Layout, address: Array, size: Array, weight: Array) -> float:
+    """The sum of a formula's value over all elements of tensors on the CPU.
+
+    Args:
+        formula: with one output, of roles of the layout.
+        layout: the storage of each role.
+        address: [tensor, column] data pointers.
+        size: elements of each tensor.
+        weight: what `weights` returned.
+    """
+    chunks = -(-size // CHUNK)
+    first, sums = np.cumsum(chunks) - chunks, np.zeros(int(chunks.sum()))
+    kernel = numba.kernel_address("sum", sum_source("a sum over all elements", formula, layout))
+    context = np.array([table.ctypes.data for table in (address, sums, first)], np.int64)
+    numba.sweep(numba.parts(int(size.sum())), kernel, context.ctypes.data, size, weight)
+    return float(sums.sum())
 
 
 def _resolve(grads: list[torch.Tensor | None], which: Iterable[int]) -> bool:

@@ -28,17 +28,18 @@ class Clipped:
         gain: what the host multiplies every gradient by.
         factor: what the device multiplies it by, too.
         broken: whether the norm is infinite or NaN and the step must change nothing, as the device knows.
+        known: the norm, where the host must know it.
     """
 
     norm: torch.Tensor
     gain: float | torch.Tensor
     factor: torch.Tensor | None = None
     broken: torch.Tensor | None = None
+    known: float = 0.0
 
 
 @torch.no_grad()
 def clip(
-    owner: str,
     options: "Settings",
     buckets: "Sequence[Bucket]",
     eager: Iterable[torch.Tensor],
@@ -47,40 +48,40 @@ def clip(
     """Measure the gradients of a step.
 
     Args:
-        owner: the optimizer's class, for messages.
         options: max_norm and nonfinite.
         buckets: launches that have found their gradients.
         eager: the gradients of tensors that are in none.
         gain: what undoes a GradScaler.
-
-    Raises:
-        SkippedStep: the norm is not finite, and nonfinite="skip".
-        RuntimeError: the norm is not finite, and nonfinite="raise".
     """
     squares = [bucket.square_sum() for bucket in buckets] + [_square_sum(g) for g in eager]
-    known = [square for square in squares if isinstance(square, float)]
+    here = [square for square in squares if isinstance(square, float)]
     pending = [square for square in squares if isinstance(square, torch.Tensor)]
     max_norm = options.max_norm
     assert max_norm is not None
     if not pending and isinstance(gain, float):
-        norm = math.sqrt(math.fsum(known)) * abs(gain) if math.isfinite(sum(known)) else sum(known)
-        _refuse(owner, options, norm)
-        return Clipped(torch.tensor(norm, dtype=torch.float32), gain * _factor(norm, max_norm))
+        norm = math.sqrt(math.fsum(here)) * abs(gain) if math.isfinite(sum(here)) else sum(here)
+        return Clipped(torch.tensor(norm, dtype=torch.float32), gain * _factor(norm, max_norm), known=norm)
     device = next((t.device for t in pending if t.device.type != "cpu"), torch.device("cpu"))
-    total = torch.full((), sum(known), dtype=torch.float64, device=device)
+    total = torch.full((), sum(here), dtype=torch.float64, device=device)
     for square in pending:
         total = total + square.to(device, torch.float64)
     norm_there = total.sqrt() * (gain.to(device).abs() if isinstance(gain, torch.Tensor) else abs(gain))
     factor = (max_norm / (norm_there + SMALL)).clamp(max=1.0)
-    broken = None
+    broken, known = None, 0.0
     if options.nonfinite == "skip" and all(bucket.on_device for bucket in buckets):
         broken = ~norm_there.isfinite()
     elif options.nonfinite != "propagate":
-        _refuse(owner, options, norm_there.item())
-    return Clipped(norm_there.float(), gain, factor, broken)
+        known = norm_there.item()
+    return Clipped(norm_there.float(), gain, factor, broken, known)
 
 
-def _refuse(owner: str, options: "Settings", norm: float) -> None:
+def refuse(owner: str, options: "Settings", norm: float) -> None:
+    """Stop a step whose norm is not finite, if the options say so.
+
+    Raises:
+        SkippedStep: nonfinite="skip".
+        RuntimeError: nonfinite="raise".
+    """
     if math.isfinite(norm) or options.nonfinite == "propagate":
         return
     if options.nonfinite == "skip":

@@ -16,7 +16,7 @@ import torch
 from schuss import bounds
 from schuss.engine import foreach, reference
 from schuss.engine.bucket import Bucket, CpuBucket, Step
-from schuss.engine.clip import clip
+from schuss.engine.clip import clip, refuse
 from schuss.engine.pieces import EMA, Pieces
 from schuss.engine.report import render
 from schuss.engine.route import SHARED, Route, check_gradient, overlapping, route
@@ -245,8 +245,9 @@ class Plan:
         options, factor = optimizer._options, None
         if options.max_norm is not None:
             eager = [e.p.grad for e in self._eager if e.p.grad is not None]
-            clipped = clip(self._rule.owner, options, self._buckets, eager, gain)
+            clipped = clip(options, self._buckets, eager, gain)
             optimizer.last_grad_norm, gain, factor = clipped.norm, clipped.gain, clipped.factor
+            refuse(self._rule.owner, options, clipped.known)
             if clipped.broken is not None:
                 optimizer._count_skip(clipped.broken)
                 skip = clipped.broken.float() if skip is None else skip.to(clipped.broken.device) + clipped.broken

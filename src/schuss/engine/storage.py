@@ -165,7 +165,7 @@ def as_reals(layout: Layout) -> Layout:
 
 def real(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the real view of a complex tensor; any other dtype unchanged."""
-    return dtype.to_real() if dtype.is_complex else dtype
+    return dtype.to_real()
 
 
 def compute_dtype(layout: Layout) -> torch.dtype:
