@@ -67,7 +67,7 @@ def power(k: float, top: int, never_0: bool = False, dithered: bool = False) -> 
     return lambda y: (coded(root(y.abs(), k), top, never_0, dithered) / top).pow(k).copysign(y)
 
 
-def falling_power(k: float, top: int, rise: float = 1.05) -> Store:
+def falling_power(k: float, top: int, rise: float = 1.035) -> Store:
     """As `power`, rounded down where `rise` adds less than half a code: no code then survives `beta` < rise^-k."""
 
     def store(y: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ SIGNED: dict[str, Store] = {
     "x^2, falling": falling_power(2, 127),
     "x^2, dithered": power(2, 127, dithered=True),
     "x^2, chords": chords(2, 127),
-    "x^2, chords, falling": chords(2, 127, rise=1.05),
+    "x^2, chords, falling": chords(2, 127, rise=1.035),
     "x^3": power(3, 127),
     "x^4": power(4, 127),
     "x(1/4 + 3x/4)": quadratic(1 / 4, 127),

@@ -15,6 +15,7 @@ from torch.optim.optimizer import StateDict
 
 from schuss.engine.pieces import EMA
 from schuss.engine.state import COMPENSATION, blocks, chosen, find, keys_of, make, parameter_storage
+from schuss.engine.storage import MAPS
 from schuss.engine.watch import significant_strides
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def load(optimizer: "Optimizer", state_dict: StateDict, *, strict: bool) -> None
         )
     named = all("param_names" in g for g in (*saved_groups, *groups)) and bool(groups)
     source = _by_name(owner, saved_groups, groups, strict=strict) if named else _by_order(owner, saved_groups, groups)
+    for saved, group in zip(saved_groups, groups, strict=True):
+        optimizer._check({**optimizer.defaults, **group, **saved})
     saved_state: Mapping[Any, Any] = state_dict["state"]
     for name, p, index in source:
         if index in saved_state:
@@ -117,6 +120,8 @@ def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str
         check(state.name, p.shape)
         check(codes, p.shape)
         check(absmax, (blocks(p),))
+        if codes in kept and (dtype := getattr(kept[codes], "dtype", None)) not in MAPS:
+            raise ValueError(f"{owner}: {codes!r} of {name} must be int8 or uint8, got {dtype}, in the loaded state")
         if (codes in kept) != (absmax in kept):
             there, missing = (codes, absmax) if codes in kept else (absmax, codes)
             raise ValueError(f"{owner}: the loaded state dict has {there!r} of {name}, but no {missing!r}")
@@ -126,6 +131,9 @@ def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str
 def _stored(optimizer: "Optimizer", p: torch.Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter's saved state, copied, as this optimizer stores it."""
     kept = {key: _copy(value, key, p) for key, value in saved.items()}
+    for key in (f"{state.name}_absmax" for state in optimizer._rule.states.values()):
+        if key in kept:  # a checkpoint may have been cast as a whole
+            kept[key] = kept[key].to(torch.float32)
     if not parameter_storage(optimizer, p).kahan:
         kept.pop(COMPENSATION, None)
     for state in optimizer._rule.states.values():

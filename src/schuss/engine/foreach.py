@@ -65,10 +65,15 @@ class Numbers(Operand):
 
 
 class Stack(Operand):
-    """A list of tensors that a rule computes with as if it were one."""
+    """A list of tensors that a rule computes with as if it were one.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self.tensors = list(tensors)
+    Args:
+        tensors: the list.
+        dtype: what the rule computes in; conditions are booleans, but what is chosen by them is not.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
+        self.tensors, self.dtype = list(tensors), dtype
 
     def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
         return _apply(word, args)
@@ -77,13 +82,14 @@ class Stack(Operand):
 def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
     stacks = [arg for arg in args if isinstance(arg, Stack)]
     count = len(stacks[0].tensors) if stacks else len(next(a for a in args if isinstance(a, Numbers)).values)
+    dtype = stacks[0].dtype if stacks else torch.float64
     if word in _UNARY and stacks:
-        return Stack(_UNARY[word](stacks[0].tensors))
+        return Stack(_UNARY[word](stacks[0].tensors), dtype)
     if word in _FOREACH and stacks and args[0] is stacks[0]:
         other = args[1]
         if isinstance(other, Stack):
-            return Stack(_FOREACH[word](stacks[0].tensors, other.tensors))
-        return Stack(_FOREACH[word](stacks[0].tensors, _floats(other)))
+            return Stack(_FOREACH[word](stacks[0].tensors, other.tensors), dtype)
+        return Stack(_FOREACH[word](stacks[0].tensors, _floats(other)), dtype)
     if word in ("add", "mul", "maximum", "minimum") and stacks:
         return _apply(word, (args[1], args[0]))
 
@@ -94,20 +100,22 @@ def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
     if word == "where":
         if not stacks:
             return Numbers([yes if condition else no for condition, yes, no in rows])
-        return Stack([_where(*row) for row in rows])
+        return Stack([_where(dtype, *row) for row in rows], dtype)
     with np.errstate(all="ignore"):
         results = [_ONE_BY_ONE[word](*row) for row in rows]
-    return Stack(results) if stacks else Numbers(results)
+    return Stack(results, dtype) if stacks else Numbers(results)
 
 
 def _floats(other: Any) -> Any:
     return list(map(float, other.values)) if isinstance(other, Numbers) else other
 
 
-def _where(condition: Any, yes: Any, no: Any) -> torch.Tensor:
+def _where(dtype: torch.dtype, condition: Any, yes: Any, no: Any) -> torch.Tensor:
     if isinstance(condition, torch.Tensor):
         chosen: torch.Tensor = formula.where(condition, yes, no)
-        return chosen
+        # Of two numbers torch makes float64; the computation has float32 or float64, and so have numbers in it.
+        both_numbers = not isinstance(yes, torch.Tensor) and not isinstance(no, torch.Tensor)
+        return chosen.to(dtype) if both_numbers else chosen
     this, other = (yes, no) if condition else (no, yes)
     return this if isinstance(this, torch.Tensor) else torch.full_like(other, this)
 
@@ -126,13 +134,13 @@ def update(
     dtype = computed_in([grads[0], *(cells[0].values for cells in there.values())])
 
     def wide(cells: Sequence[Cell]) -> Stack:
-        return Stack([cell.read(dtype) for cell in cells])
+        return Stack([cell.read(dtype) for cell in cells], dtype)
 
     new = apply(
         rule,
         pieces,
         wide(params),
-        Stack([real_view(g).to(dtype) for g in grads]),
+        Stack([real_view(g).to(dtype) for g in grads], dtype),
         {n: None if s is None else wide(s) for n, s in states.items()},
         {n: Numbers(v) for n, v in scalars.items()} | dict(flags),
     )
@@ -141,7 +149,7 @@ def update(
         if not isinstance(result, Stack):  # the same number for all elements
             values = result.values if isinstance(result, Numbers) else [result] * len(cells)
             like = [cell.read(dtype) for cell in cells]
-            result = Stack([torch.full_like(t, float(v)) for t, v in zip(like, values, strict=True)])
+            result = Stack([torch.full_like(t, float(v)) for t, v in zip(like, values, strict=True)], dtype)
         if all(cell.is_plain and not cell.values.is_conj() for cell in cells):
             torch._foreach_copy_([real_view(cell.values) for cell in cells], result.tensors)
             continue

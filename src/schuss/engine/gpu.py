@@ -49,6 +49,7 @@ class GpuBucket(Bucket):
         self._skip: torch.Tensor | None = None
         self._columns: dict[str, Any] = {}
         self._last_gain: float | torch.Tensor = 1.0
+        self._first: torch.Tensor | None = None
 
     def prepare(self, step: Step) -> None:
         if not self.on_device:
@@ -132,8 +133,10 @@ class GpuBucket(Bucket):
             for name, numbers in zip(rule.scalar_states, self._numbers_of_tensors, strict=True)
         }
         if rule.marks_first:
-            (marks,) = self._numbers.put(self._marks[self.active])
-            kept["first"] = marks != 0
+            if self._first is None:
+                (self._first,) = Tables(self.params[0].device).put(self._marks)
+            self._updated_there = torch.from_numpy(np.flatnonzero(self.active)).to(self._first.device)
+            kept["first"] = self._first[self._updated_there] != 0
         scalars = rule.finish(self._columns, kept, step.gain, needed=self._kernel[2])
         count, dtype = len(self._updated), compute_dtype(self._layout)
         columns = [self._column(scalars[name], count) for name in self._kernel[2]]
@@ -164,7 +167,8 @@ class GpuBucket(Bucket):
             if self._skip is not None:
                 new = torch.where(self._skip != 0, torch.stack(numbers).to(new.dtype), new)
             torch._foreach_copy_(numbers, list(new.to(numbers[0].dtype).unbind()))
-        self._marks[self.active] = 0.0
+        if self._first is not None:  # a step that was skipped was not the first
+            self._first[self._updated_there] *= 0.0 if self._skip is None else self._skip != 0
 
 
 class Tables:

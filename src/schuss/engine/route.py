@@ -113,8 +113,11 @@ def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, c
             return "reference", f"{what} of dtype {str(t.dtype).removeprefix('torch.')}"
         if t.device != p.device:
             return "reference", f"{what} on {t.device}"
-    if any(c.beside is not None and (not c.beside.is_contiguous() or c.beside.numel() != blocks(p)) for c in cells):
-        return "reference", "absmax does not lie block by block"
+    for absmax in (cell.beside for cell in cells if cell.beside is not None):
+        if not absmax.is_contiguous() or absmax.numel() != blocks(p) or absmax.dtype != torch.float32:
+            return "reference", "absmax is not a float32 for each block, one after the other"
+        if absmax.device != p.device:
+            return "reference", f"absmax on {absmax.device}"
     for name in rule.scalar_states:
         t = kept.get(name)
         if t is not None and (t.device.type not in {"cpu", p.device.type} or t.dtype not in _NUMBERS):

@@ -85,7 +85,7 @@ def _encode_signed(share: Any) -> Any:
     # Small codes are rounded down, not to the nearest: where gradients have vanished, a momentum that decays by a tenth
     # at each step would else be rounded back to where it was, and drive its parameter for ever.
     root = root_2(absolute(share)) * 127.0
-    near, below = root + 0.5, root * 1.05
+    near, below = root + 0.5, root * 1.035
     code = where(near < below, near, below)
     code = where(code < 127.5, code, 127.5)  # NaN, too
     return where(share < 0, -code, code)
