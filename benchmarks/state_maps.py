@@ -78,16 +78,15 @@ def falling_power(k: float, top: int, rise: float = 1.035) -> Store:
 
 
 def chords(k: int, top: int, rise: float = math.inf, never_0: bool = False) -> Store:
-    """|x| = (code / top)^k, drawn as chords between powers of two: its float32 bits are those of the root, shifted."""
+    """|x| = (code / top)^k, drawn as chords: the float32 bits of the code are those of x, shifted, and a constant."""
     shift = k.bit_length() - 1
-    one = 0x3F800000
-    origin = one - (one >> shift)
+    origin = int(torch.tensor(float(top)).view(torch.int32)) - (0x3F800000 >> shift)
 
     def store(y: Tensor) -> Tensor:
-        w = top * ((y.abs().view(torch.int32) >> shift) + origin).view(torch.float32)
+        w = ((y.abs().view(torch.int32) >> shift) + origin).view(torch.float32)
         code = torch.minimum(w + 0.5, rise * w).trunc_()
         code = torch.where(y != 0, code.clamp_min(1), code) if never_0 else code
-        bits = ((code / top).view(torch.int32).clamp_min(origin) - origin) << shift
+        bits = (code.view(torch.int32).clamp_min(origin) - origin) << shift
         return bits.view(torch.float32).copysign(y)
 
     return store

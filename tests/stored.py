@@ -126,14 +126,14 @@ def shares(dtype: torch.dtype) -> torch.Tensor:
 def map_error(dtype: torch.dtype, share: torch.Tensor) -> torch.Tensor:
     """The most by which the code of a share can be off.
 
-    Half the gap between neighbouring codes, the wider one where a share lies near a code; of the smallest signed codes
-    a whole gap, since those are rounded down; of the unsigned map all of its smallest code, since nothing but zero
-    becomes zero.
+    Two thirds of the gap between neighbouring codes, the wider one where a share lies near a code: half of it, were it
+    not for gaps with a corner of the map inside. Of the smallest signed codes a whole gap, since those are rounded down;
+    of the unsigned map all of its smallest code, since nothing but zero becomes zero.
     """
     table, share = shares(dtype), share.abs().double()
     gaps = torch.cat([table.diff(), table[-1:] - table[-2:-1]])
     below = (torch.searchsorted(table, share, right=True) - 1).clamp(0, len(gaps) - 1)
-    error = torch.maximum(gaps[below], gaps[(below + 1).clamp(max=len(gaps) - 1)]) / 2
+    error = torch.maximum(gaps[below], gaps[(below + 1).clamp(max=len(gaps) - 1)]) * (2 / 3)
     whole = (below <= 14) if dtype == SIGNED else (below == 0)
     # 1e-6: shares are float32, and multiplied by a rounded reciprocal.
     return torch.where(share == 0, 0.0, torch.where(whole, gaps[below], error)) + 1e-6 * share

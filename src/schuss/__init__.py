@@ -1,25 +1,56 @@
 """schuss: optimizers for PyTorch, each written once as a formula and run as one fused pass over memory."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from schuss import formula as formula
 from schuss import optim as optim
 from schuss.optimizer import Optimizer as Optimizer
 from schuss.optimizer import Options as Options
 from schuss.rule import State as State
-from schuss.training import accumulate as accumulate
-from schuss.training import clip_grad_norm_ as clip_grad_norm_
-from schuss.training import param_groups as param_groups
-from schuss.training import unfreeze as unfreeze
+
+if TYPE_CHECKING:
+    from schuss import schedules as schedules
+    from schuss.schedules import Schedule as Schedule
+    from schuss.training import accumulate as accumulate
+    from schuss.training import clip_grad_norm_ as clip_grad_norm_
+    from schuss.training import param_groups as param_groups
+    from schuss.training import unfreeze as unfreeze
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Optimizer",
     "Options",
+    "Schedule",
     "State",
     "accumulate",
     "clip_grad_norm_",
     "formula",
     "optim",
     "param_groups",
+    "schedules",
     "unfreeze",
 ]
+
+_LATER = {
+    "Schedule": "schuss.schedules",
+    "accumulate": "schuss.training",
+    "clip_grad_norm_": "schuss.training",
+    "param_groups": "schuss.training",
+    "schedules": "schuss",
+    "unfreeze": "schuss.training",
+}
+"""Loaded when they are first asked for: who replaces `torch.optim` does not wait for the rest."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'schuss' has no attribute {name!r}")
+    module = importlib.import_module(f"schuss.{name}" if _LATER[name] == "schuss" else _LATER[name])
+    value = globals()[name] = module if _LATER[name] == "schuss" else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

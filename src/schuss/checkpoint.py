@@ -118,6 +118,9 @@ def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str
     for state in optimizer._rule.states.values():
         codes, absmax = f"{state.name}_codes", f"{state.name}_absmax"
         check(state.name, p.shape)
+        value = kept.get(state.name)
+        if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
+            raise ValueError(f"{owner}: {state.name!r} of {name} must be floating-point, got {value.dtype}")
         check(codes, p.shape)
         check(absmax, (blocks(p),))
         if codes in kept and (dtype := getattr(kept[codes], "dtype", None)) not in MAPS:

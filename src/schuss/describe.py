@@ -13,9 +13,9 @@ import torch
 from schuss import optim
 from schuss.bounds import nearest
 from schuss.engine.bucket import scalars_of
-from schuss.engine.numba_kernel import ELEMENTS
+from schuss.engine.numba_kernel import NUMBERS
 from schuss.engine.state import chosen, parameter_storage
-from schuss.engine.storage import MAPS, SMALLEST_BLOCKWISE, Layout, Storage, as_reals
+from schuss.engine.storage import SMALLEST_BLOCKWISE, Layout, Storage, as_reals
 from schuss.engine.trace import Expr, Graph, parameters, used
 from schuss.optimizer import Optimizer
 from schuss.rule import Rule
@@ -143,7 +143,7 @@ def show(
         RuntimeError: triton cannot compile here.
     """
     if backend in ("numba", "triton"):
-        known = (*(d for d in ELEMENTS if d not in MAPS), torch.complex64, torch.complex128)
+        known = (*NUMBERS, torch.complex64, torch.complex128)
         kinds = {str(d).removeprefix("torch."): d for d in known}
         if dtype not in kinds:
             raise ValueError(f"no kernel for dtype {dtype!r}: {nearest(dtype, kinds)}")

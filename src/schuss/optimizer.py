@@ -96,6 +96,8 @@ class Optimizer(torch.optim.Optimizer):
         """With max_norm: the norm of all gradients of the last step, before clipping; on their device."""
         self._skipped, self._is_averaged = 0, False
         self._skipped_there: torch.Tensor | None = None
+        self._captured: list[Any] = []
+        """What CUDA graphs read when they are replayed; it must outlive the plan that they were captured with."""
 
     def _declare(self, defaults: Mapping[str, Any]) -> Rule:
         """The rule of this optimizer, with what its options add."""

@@ -44,7 +44,8 @@ class GpuBucket(Bucket):
         super().__init__(rule, optimizer, entries, layout, fresh)
         self.on_device = on_device
         device = self.params[0].device
-        self._static, self._moving, self._numbers, self._addresses = (Tables(device) for _ in range(4))
+        self._captured = optimizer._captured
+        self._static, self._moving, self._numbers, self._addresses = (Tables(device, self._captured) for _ in range(4))
         self._factor: torch.Tensor | None = None
         self._skip: torch.Tensor | None = None
         self._columns: dict[str, Any] = {}
@@ -134,7 +135,7 @@ class GpuBucket(Bucket):
         }
         if rule.marks_first:
             if self._first is None:
-                (self._first,) = Tables(self.params[0].device).put(self._marks)
+                (self._first,) = Tables(self.params[0].device, self._captured).put(self._marks)
             self._updated_there = torch.from_numpy(np.flatnonzero(self.active)).to(self._first.device)
             kept["first"] = self._first[self._updated_there] != 0
         scalars = rule.finish(self._columns, kept, step.gain, needed=self._kernel[2])
@@ -172,24 +173,28 @@ class GpuBucket(Bucket):
 
 
 class Tables:
-    """Arrays of the host that lie on the device, too: they go over in one copy, and only when one has changed."""
+    """Arrays of the host that lie on the device, too: they go over in one copy, and only when one has changed.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Args:
+        device: where.
+        captured: takes what a CUDA graph that is being captured will use whenever it is replayed.
+    """
+
+    def __init__(self, device: torch.device, captured: list[Any]) -> None:
+        self._device, self._captured = device, captured
         self._sent: list[Array] = []
         self._stream: Any = None
         self._views: list[torch.Tensor] = []
-        self._captured: list[Any] = []
 
     def put(self, *arrays: Array) -> list[torch.Tensor]:
         """The arrays as tensors on the device, for work on its current stream."""
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         same = len(arrays) == len(self._sent) and stream == self._stream
-        if not (
-            same and all(a.shape == b.shape and np.array_equal(a, b) for a, b in zip(arrays, self._sent, strict=True))
-        ):
+        if not (same and all(map(_equal, arrays, self._sent))):
             self._views = self._send(arrays)
             self._sent, self._stream = [array.copy() for array in arrays], stream
+        if is_capturing(self._device):
+            self._captured.append(self._views)
         return self._views
 
     def _send(self, arrays: Sequence[Array]) -> list[torch.Tensor]:
@@ -200,10 +205,8 @@ class Tables:
         for start, array in zip(starts, arrays, strict=False):
             buffer[start : start + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         sent = host.to(self._device, non_blocking=True)  # the pinned memory is kept by torch until it has been read
-        if cuda and is_capturing(self._device):
-            # A replay reads the host's memory again, and other graphs may use the device's: it is sent anew after this.
-            self._captured.append((host, sent))
-            self._sent = []
+        if is_capturing(self._device):  # a replay reads the host's memory again
+            self._captured.append(host)
         return [
             sent[start : start + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
             for start, array in zip(starts, arrays, strict=False)
@@ -216,6 +219,10 @@ _DTYPES = {
     np.dtype(np.float32): torch.float32,
     np.dtype(np.float64): torch.float64,
 }
+
+
+def _equal(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from schuss.engine.storage import HIGH, MULTIPLIERS, SHIFTS, SMALLEST_ABSMAX, origin
+from schuss.engine.storage import HIGH, MULTIPLIERS, ROOTS, SHIFTS, SMALLEST_ABSMAX
 
 # No fastmath: a step waits for memory, not for arithmetic, and without contracted multiplications every element is
 # rounded alike wherever it lies in a vector, a chunk or a tensor, and as eager torch rounds it.
@@ -189,9 +189,9 @@ def cut_off_uint8(typing_context, value):
     return _cut_off(types.uint8)
 
 
-def _chords(shift, inverse):
+def _chords(degree, inverse):
     """`storage.root_*`, or `storage.power_*`."""
-    first = origin(shift)
+    shift, first = ROOTS[degree]
 
     def word(typing_context, value):
         signature = types.float32(types.float32)
@@ -211,7 +211,7 @@ def _chords(shift, inverse):
     return intrinsic(word)
 
 
-root_2, root_4, power_2, power_4 = (_chords(shift, inverse) for inverse in (False, True) for shift in (1, 2))
+root_2, root_4, power_2, power_4 = (_chords(degree, inverse) for inverse in (False, True) for degree in ROOTS)
 
 
 @inline

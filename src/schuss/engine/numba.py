@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from schuss.engine import cache as code_cache
-from schuss.engine.numba_kernel import CHUNK, ELEMENTS, native_digest
+from schuss.engine.numba_kernel import CHUNK, NUMBERS, native_digest
 from schuss.engine.process import is_forked, uninterrupted
 
 
@@ -41,7 +41,7 @@ def supports(dtype: torch.dtype) -> bool:
         from schuss.engine.native import has_float16
 
         return has_float16()
-    return dtype in ELEMENTS
+    return dtype in NUMBERS
 
 
 def _choose_threading_layer() -> None:

@@ -38,6 +38,8 @@ ELEMENTS = {
 }
 
 
+NUMBERS = tuple(dtype for dtype in ELEMENTS if dtype not in MAPS)
+"""The dtypes that parameters and gradients may have."""
 CHUNK = 16384
 """Elements of a tensor that one kernel call updates: p, g and two states of it stay in a core's cache."""
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from schuss.engine import numba
-from schuss.engine.numba_kernel import ELEMENTS
+from schuss.engine.numba_kernel import NUMBERS
 from schuss.engine.state import COMPENSATION, blocks, find, kept_by
-from schuss.engine.storage import real
+from schuss.engine.storage import MAPS, real
 from schuss.engine.watch import significant_strides
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, c
         return "reference", f"gradient is a tensor subclass, {type(g).__name__}"
     if missing := _missing(compiler, p.device):
         return "reference" if p.device.type == "cpu" else "foreach", missing
-    supports = numba.supports if compiler == "numba" else ELEMENTS.__contains__
+    supports = numba.supports if compiler == "numba" else NUMBERS.__contains__
     if p.layout != torch.strided:
         return "reference", f"layout {str(p.layout).removeprefix('torch.')}"
     if not supports(real(p.dtype)):
@@ -109,7 +109,7 @@ def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, c
             continue
         if t.shape != p.shape or significant_strides(t) != significant_strides(p):
             return "reference", f"{what} lies in another order than the parameter"
-        if t.is_complex() != p.is_complex() or not supports(real(t.dtype)):
+        if t.is_complex() != p.is_complex() or not (supports(real(t.dtype)) or (what == "state" and t.dtype in MAPS)):
             return "reference", f"{what} of dtype {str(t.dtype).removeprefix('torch.')}"
         if t.device != p.device:
             return "reference", f"{what} on {t.device}"

@@ -25,44 +25,48 @@ SMALLEST_ABSMAX = 2.0**-126
 
 # --- maps of 8-bit codes ----------------------------------------------------------------------------------------------
 
-ONE = 0x3F800000
-"""The bits of 1.0: the exponent, biased, in the upper bits, so that shifting them divides the logarithm."""
+
+def _bits(x: float) -> int:
+    return int(torch.tensor(x, dtype=torch.float32).view(torch.int32))
 
 
-def origin(shift: int) -> int:
-    """The bits that a root of 0 has, so that the root of 1 is 1."""
-    return ONE - (ONE >> shift)
+# The bits of a float32, read as a number, are nearly its logarithm: shifting them takes a root. The sum that is added
+# puts the root of 1 at the largest code.
+ROOTS = {2: (1, _bits(127.0) - (_bits(1.0) >> 1)), 4: (2, _bits(255.0) - (_bits(1.0) >> 2))}
+"""Which root -> the shift and the sum."""
 
 
-def _root(shift: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The 2^shift-th root of a float32 in [0, 1], along chords between powers of two; of NaN some number above 1."""
+def _root(degree: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The largest code times the root of a float32 in [0, 1], along chords; for NaN some larger number."""
+    shift, origin = ROOTS[degree]
 
     def root(x: torch.Tensor) -> torch.Tensor:
-        return ((x.view(torch.int32) >> shift) + origin(shift)).view(torch.float32)
+        return ((x.view(torch.int32) >> shift) + origin).view(torch.float32)
 
-    root.__name__ = f"root_{1 << shift}"
+    root.__name__ = f"root_{degree}"
     return root
 
 
-def _power(shift: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The inverse of `_root`."""
+def _power(degree: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The inverse of `_root`; 0 for 0."""
+    shift, origin = ROOTS[degree]
 
     def power(x: torch.Tensor) -> torch.Tensor:
-        return (x.view(torch.int32).clamp(min=origin(shift)) - origin(shift) << shift).view(torch.float32)
+        return (x.view(torch.int32).clamp(min=origin) - origin << shift).view(torch.float32)
 
-    power.__name__ = f"power_{1 << shift}"
+    power.__name__ = f"power_{degree}"
     return power
 
 
-root_2, root_4, power_2, power_4 = (word(make(shift)) for make in (_root, _power) for shift in (1, 2))
+root_2, root_4, power_2, power_4 = (word(make(degree)) for make in (_root, _power) for degree in ROOTS)
 
 
 @dataclass(frozen=True)
 class Map:
     """A map between 8-bit codes and shares of a block's absmax, as two formulas.
 
-    A share is a power of a code, of which the bits of a float32 give a close approximation for a shift: see `root`.
-    Compared with the powers themselves, and with others' maps, by `benchmarks/state_maps.py`.
+    A share is nearly a power of a code: the one that its bits give for a shift. Compared with the powers themselves,
+    and with others' maps, by `benchmarks/state_maps.py`.
 
     Args:
         top: the largest code; it stands for the absmax itself.
@@ -77,14 +81,14 @@ class Map:
 
 
 def _decode_signed(code: Any) -> Any:
-    share = power_2(absolute(code) * (1 / 127))
+    share = power_2(absolute(code))
     return where(code < 0, -share, share)
 
 
 def _encode_signed(share: Any) -> Any:
     # Small codes are rounded down, not to the nearest: where gradients have vanished, a momentum that decays by a tenth
     # at each step would else be rounded back to where it was, and drive its parameter for ever.
-    root = root_2(absolute(share)) * 127.0
+    root = root_2(absolute(share))
     near, below = root + 0.5, root * 1.035
     code = where(near < below, near, below)
     code = where(code < 127.5, code, 127.5)  # NaN, too
@@ -92,12 +96,12 @@ def _encode_signed(share: Any) -> Any:
 
 
 def _decode_unsigned(code: Any) -> Any:
-    return power_4(code * (1 / 255))
+    return power_4(code)
 
 
 def _encode_unsigned(share: Any) -> Any:
     # Nothing but zero becomes zero: a root of zero below a momentum that is not would blow the step up.
-    code = root_4(share) * 255.0 + 0.5
+    code = root_4(share) + 0.5
     return where(share > 0, where(code > 1, code, 1.0), 0.0)
 
 

@@ -18,7 +18,7 @@ SMALLEST_ABSMAX = tl.constexpr(storage.SMALLEST_ABSMAX)
 SHIFTS = tl.constexpr(storage.SHIFTS)
 MULTIPLIERS = tl.constexpr(storage.MULTIPLIERS)
 HIGH = tl.constexpr(storage.HIGH)
-ORIGIN_2, ORIGIN_4 = (tl.constexpr(storage.origin(shift)) for shift in (1, 2))
+ORIGIN_2, ORIGIN_4 = (tl.constexpr(origin) for _, origin in storage.ROOTS.values())
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 

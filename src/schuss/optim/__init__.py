@@ -1,6 +1,7 @@
 """Optimizers under torch.optim's names and contract: `from schuss import optim` replaces `from torch import optim`."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import (
@@ -17,9 +18,6 @@ from torch.optim import (
 )
 from torch.optim import (
     SparseAdam as SparseAdam,
-)
-from torch.optim import (
-    lr_scheduler as lr_scheduler,
 )
 from torch.optim import (
     swa_utils as swa_utils,
@@ -40,7 +38,10 @@ from schuss.optim.rprop import Rprop as Rprop
 from schuss.optim.sgd import SGD as SGD
 from schuss.optimizer import Optimizer as _Rule
 
-FROM_TORCH = ("Adafactor", "LBFGS", "Muon", "Optimizer", "SparseAdam", "lr_scheduler", "swa_utils")
+if TYPE_CHECKING:
+    from schuss.optim import lr_scheduler as lr_scheduler
+
+FROM_TORCH = ("Adafactor", "LBFGS", "Muon", "Optimizer", "SparseAdam", "swa_utils")
 """Names that are torch's own objects, handed on so that the import can be replaced."""
 
 RULES: tuple[type[_Rule], ...] = (
@@ -56,7 +57,9 @@ __all__ += [name for name in torch.optim.__all__ if name not in __all__]
 
 
 def __getattr__(name: str) -> Any:
-    """What else this version of torch.optim has."""
+    """`lr_scheduler`, and what else this version of torch.optim has."""
+    if name == "lr_scheduler":  # not everybody's: it is imported when it is first used
+        return importlib.import_module("schuss.optim.lr_scheduler")
     if name in torch.optim.__all__:
         return getattr(torch.optim, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ class Schedule(LRScheduler):
     Args:
         optimizer: any `torch.optim.Optimizer`.
         groups: which groups: None for all, an index or indices, or a function of a group that returns a bool, asked
-            once per group.
+            once per group, of its initial values.
         follow: count the steps of the optimizer by a hook, instead of calls of `step()`. A step that a GradScaler
             skips does not count.
         hyperparameters: name -> schedule of factors, or `absolute(schedule)` of values. A pair such as betas takes a
@@ -66,7 +66,7 @@ class Schedule(LRScheduler):
                 if not isinstance(i, int) or not 0 <= i < len(optimizer.param_groups):
                     raise ValueError(f"Schedule: groups must be in [0, {len(optimizer.param_groups)}), got {i!r}")
         self._attach()
-        self._write()
+        self._write(0)
 
     def step(self, epoch: int | None = None) -> None:
         """Count one step and set the values for the next; call it after `optimizer.step()`.
@@ -140,9 +140,9 @@ class Schedule(LRScheduler):
             self._go(self.last_epoch + 1)
 
     def _go(self, step: int) -> None:
+        self._write(step)
         self.last_epoch = step
         self._step_count = step + 1
-        self._write()
 
     def _groups(self) -> list[dict[str, Any]]:
         """The driven groups, each with its initial values."""
@@ -153,6 +153,8 @@ class Schedule(LRScheduler):
 
     def _adopt(self, groups: list[dict[str, Any]]) -> None:
         """Remember the initial values of new groups, and put them back where they are lost."""
+        for name in self.schedules:
+            unshare(groups, name)
         del self._initial[len(groups) :]
         chosen = self.groups
         self._chosen = [i for i in self._chosen if i < len(groups)]
@@ -160,7 +162,7 @@ class Schedule(LRScheduler):
             is_new = i == len(self._initial)
             if is_new:
                 self._initial.append({})
-                if chosen(group) if callable(chosen) else chosen is None or i in chosen:
+                if chosen(_at_first(group)) if callable(chosen) else chosen is None or i in chosen:
                     self._chosen.append(i)
             for name in self.schedules if i in self._chosen else ():
                 key = f"initial_{name}"
@@ -168,22 +170,22 @@ class Schedule(LRScheduler):
                     group[key] = self._initial[i].get(name, _copy(group[name]))
                 self._initial[i][name] = _copy(group[key])
 
-    def _write(self) -> None:
+    def _write(self, step: int) -> None:
         groups = self._groups()
         try:
             for name, schedule in self.schedules.items():
-                self._set(groups, name, schedule)
+                self._set(groups, name, schedule, step)
         except KeyError:  # a checkpoint dropped the initial values, as torch.distributed.checkpoint does
             self._adopt(self.optimizer.param_groups)
             for name, schedule in self.schedules.items():
-                self._set(groups, name, schedule)
+                self._set(groups, name, schedule, step)
 
-    def _set(self, groups: list[dict[str, Any]], name: str, schedule: Any) -> None:
+    def _set(self, groups: list[dict[str, Any]], name: str, schedule: Any, step: int) -> None:
         if isinstance(schedule, (tuple, absolute)):
             for group in groups:
-                _assign(group, name, self._value(group, name, schedule, self.last_epoch))
+                _assign(group, name, self._value(group, name, schedule, step))
             return
-        factor, initial = schedule(self.last_epoch), f"initial_{name}"
+        factor, initial = schedule(step), f"initial_{name}"
         for group in groups:  # the loop of every step
             if type(group[name]) is float:
                 group[name] = group[initial] * factor
@@ -195,6 +197,21 @@ class Schedule(LRScheduler):
             places = zip(schedule, group[f"initial_{name}"], group[name], strict=True)
             return tuple(_copy(now) if f is None else _scaled(f, initial, step) for f, initial, now in places)
         return _scaled(schedule, group[f"initial_{name}"], step)
+
+
+def _at_first(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with its initial values, which a choice should go by: it is the same after a resume then."""
+    return {**group, **{key.removeprefix("initial_"): v for key, v in group.items() if key.startswith("initial_")}}
+
+
+def unshare(groups: list[dict[str, Any]], name: str) -> None:
+    """Give each group a tensor of its own: a default that is a tensor is one tensor for all of them."""
+    seen: set[int] = set()
+    for group in groups:
+        value = group[name]
+        if any(isinstance(v, Tensor) and id(v) in seen for v in (value if isinstance(value, tuple) else (value,))):
+            value = group[name] = _copy(value)
+        seen.update(map(id, value if isinstance(value, tuple) else (value,)))
 
 
 def _scaled(schedule: Value, initial: Any, step: int) -> Any:
