@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from schuss.training import clip_grad_norm_ as clip_grad_norm_
     from schuss.training import param_groups as param_groups
     from schuss.training import unfreeze as unfreeze
+    from schuss.wrappers import Lookahead as Lookahead
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Lookahead",
     "Optimizer",
     "Options",
     "Schedule",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _LATER = {
+    "Lookahead": "schuss.wrappers",
     "Schedule": "schuss.schedules",
     "accumulate": "schuss.training",
     "clip_grad_norm_": "schuss.training",
