@@ -12,10 +12,10 @@ from schuss.rule import State as State
 if TYPE_CHECKING:
     from schuss import schedules as schedules
     from schuss.schedules import Schedule as Schedule
-    from schuss.training import accumulate as accumulate
     from schuss.training import clip_grad_norm_ as clip_grad_norm_
     from schuss.training import param_groups as param_groups
     from schuss.training import unfreeze as unfreeze
+    from schuss.training.accumulate import accumulate as accumulate
     from schuss.wrappers import Lookahead as Lookahead
 
 __version__ = "0.1.0"

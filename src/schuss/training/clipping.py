@@ -25,7 +25,7 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Scale gradients in place so that the norm of all of them together is at most `max_norm`.
 
-    As `torch.nn.utils.clip_grad_norm_`, with its values; on the CPU the 2-norm is one pass over the gradients, summed in
+    As `torch.nn.utils.clip_grad_norm_`, with its values; on the CPU the 2-norm is one pass over them, summed in
     float64. `max_norm=` of an optimizer of schuss needs no second pass to scale them, and leaves them as they are.
 
     Args:
