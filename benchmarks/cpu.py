@@ -19,9 +19,11 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+import schuss
 from schuss import optim
 
 RULES: dict[str, dict[str, object]] = {
@@ -175,6 +177,44 @@ def storage_table(seconds: float) -> None:
         gc.collect()
 
 
+def around_table(seconds: float) -> None:
+    """Clipping and averaging in the step, against torch's functions around its fused step."""
+    print("\n### AdamW with clipping and averaging, GPT-2 small, ms per step\n")
+    print("| with | schuss | torch: clip_grad_norm_, fused AdamW, AveragedModel | torch / schuss |")
+    print("|---|---:|---:|---:|")
+    params = parameters(SETS["gpt2"], torch.float32)
+    model = torch.nn.Module()
+    model.params = torch.nn.ParameterList(params)
+    fused = torch.optim.AdamW(params, fused=True)
+    for label, clips, averages in (
+        ("nothing", False, False), ("max_norm", True, False), ("ema_decay", False, True), ("both", True, True)
+    ):  # fmt: skip
+        options = ({"max_norm": 1.0} if clips else {}) | ({"ema_decay": 0.999} if averages else {})
+        ours = optim.AdamW(params, **options)
+        average = optim.swa_utils.AveragedModel(model, multi_avg_fn=optim.swa_utils.get_ema_multi_avg_fn(0.999))
+
+        def theirs(clips: bool = clips, averages: bool = averages, average: Any = average) -> None:
+            if clips:
+                torch.nn.utils.clip_grad_norm_(params, 1.0)
+            fused.step()
+            if averages:
+                average.update_parameters(model)
+
+        mine, others = interleaved([ours.step, theirs], 2 * seconds)
+        print(f"| {label} | {mine:.1f} | {others:.1f} | {others / mine:.2f} |", flush=True)
+        del ours, average
+        gc.collect()
+    print("\n### Around the step, 1000 tensors of 64, AdamW, and a schedule of 200 groups\n")
+    params = parameters(SETS["small"], torch.float32)
+    plain, ahead = optim.AdamW(params), schuss.Lookahead(optim.AdamW(params), k=10**9)
+    alone, wrapped = interleaved([plain.step, ahead.step], seconds)
+    many = optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1e-3 * i} for i in range(1, 201)])
+    schedule = schuss.Schedule(many, lr=schuss.schedules.warmup(schuss.schedules.cosine(10**6), 100))
+    (step,) = interleaved([schedule.step], 0.2)
+    print(f"Lookahead between two syncs {wrapped:.3f} ms, its inner optimizer alone {alone:.3f} ms;")
+    print(f"a step of the schedule {1e3 * step:.1f} µs.")
+
+
 def groups_table(seconds: float) -> None:
     """400 tensors in 200 groups against the same tensors in one."""
     shapes = [(128, 64), (128,)] * 200
@@ -220,6 +260,7 @@ t0 = time.perf_counter()
 import torch
 t1 = time.perf_counter()
 import schuss
+import schuss
 from schuss import optim
 t2 = time.perf_counter()
 p = [torch.nn.Parameter(torch.randn(1000, 1000)) for _ in range(4)]
@@ -259,7 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     parser.add_argument("--only", default="", help="classes, comma-separated")
-    parser.add_argument("--tables", default="big,small,gpt2,bfloat16,storage,groups,memory,startup")
+    parser.add_argument("--tables", default="big,small,gpt2,bfloat16,storage,around,groups,memory,startup")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -275,6 +316,8 @@ def main() -> None:
         rules_table("big", torch.bfloat16, only, seconds)
     if "storage" in tables:
         storage_table(seconds)
+    if "around" in tables:
+        around_table(seconds)
     if "groups" in tables:
         groups_table(seconds)
     if "memory" in tables:
