@@ -5,6 +5,7 @@ Triton reads TRITON_INTERPRET when it is imported, for the whole process. So the
 """
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from cases import GROUPS, PLAIN, RICH, Case, gradient
+from schuss import optim
 from schuss.engine.gpu import GpuBucket
 from stored import (
     BLOCK_CHECKS,
@@ -185,6 +187,43 @@ def check_first_after_a_bad_one() -> None:
     assert torch.equal(*runs), f"{runs[0][0]} on the device, {runs[1][0]} on the host"
 
 
+OPTIONS: dict[str, tuple[torch.dtype, dict[str, object]]] = {
+    "max_norm": (torch.float32, {"max_norm": 1.0}),
+    "ema": (torch.float32, {"ema_decay": 0.9, "ema_warmup": True}),
+    "both-int8": (torch.float32, {"max_norm": 1.0, "clip_value": 0.01, "ema_decay": 0.9, "state_dtype": "int8"}),
+    "both-bfloat16": (torch.bfloat16, {"max_norm": 0.5, "ema_decay": 0.9, "rounding": "stochastic"}),
+}
+
+
+def check_options(name: str, capturable: bool) -> None:
+    """Clipping and averaging: the bits, and the norm, of the CPU's kernels."""
+    dtype, options = OPTIONS[name]
+    runs = []
+    for more in ({"backend": "numba"}, {"backend": "triton", "capturable": capturable}):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in (5000, 3)]
+        optimizer = optim.AdamW(params, **options, **more)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            optimizer.step()
+        runs.append([*params, *(v for p in params for v in optimizer.state[p].values())])
+        runs[-1].append(torch.zeros(()) if optimizer.last_grad_norm is None else optimizer.last_grad_norm)
+    assert all(map(torch.equal, *runs))
+
+
+def check_skips_on_the_device() -> None:
+    """With capturable=True nobody waits for a norm that is no number: the device leaves the step out, and counts it."""
+    p = torch.nn.Parameter(torch.ones(5000))
+    optimizer = optim.AdamW([p], max_norm=1.0, nonfinite="skip", ema_decay=0.5, capturable=True, backend="triton")
+    for value in (1.0, math.nan, math.inf):
+        before = [t.detach().clone() for t in (p, *optimizer.state.get(p, {}).values())]
+        p.grad = torch.full_like(p, value)
+        optimizer.step()
+    assert optimizer.skipped_steps == 2
+    assert all(map(torch.equal, before, [p, *optimizer.state[p].values()]))
+
+
 def cases() -> dict[str, Callable[[], None]]:
     """Every case by its name."""
     adamw, sgd = (Case(name, kwargs) for name, kwargs in (("AdamW", {}), ("SGD", {"momentum": 0.9})))
@@ -212,6 +251,10 @@ def cases() -> dict[str, Callable[[], None]]:
                 found[f"scaler-{case.name}{'-capturable' * capturable}"] = partial(check_scaler, case, capturable)
     found["scaler-NAdam-capturable"] = partial(check_scaler, Case("NAdam", {}), True)
     found["scaler-Lion-capturable"] = partial(check_scaler, Case("Lion", {}), True)
+    for name in OPTIONS:
+        for capturable in (False, True):
+            found[f"options-{name}{'-capturable' * capturable}"] = partial(check_options, name, capturable)
+    found["skips-on-the-device"] = check_skips_on_the_device
     found["first-after-a-bad-one"] = check_first_after_a_bad_one
     found["exact-AdamW-int8"] = partial(check_steps, adamw, "int8", "triton", 2)
     found["all-dtypes-AdamW"] = partial(check_groups, adamw)
