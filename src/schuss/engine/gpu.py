@@ -45,14 +45,24 @@ class GpuBucket(Bucket):
         self.on_device = on_device
         device = self.params[0].device
         self._captured = optimizer._captured
-        self._static, self._moving, self._numbers, self._addresses = (Tables(device, self._captured) for _ in range(4))
+        self._static, self._moving, self._addresses = (Tables(device, self._captured) for _ in range(3))
+        self._numbers, self._index, self._marked = (Tables(device, self._captured) for _ in range(3))
         self._factor: torch.Tensor | None = None
         self._skip: torch.Tensor | None = None
         self._columns: dict[str, Any] = {}
+        self._work = self._sizes = self._stream_table = torch.empty(0)
         self._last_gain: float | torch.Tensor = 1.0
         self._first: torch.Tensor | None = None
 
     def prepare(self, step: Step) -> None:
+        if is_capturing(self.params[0].device):
+            if self._rule.scalar_states and not self.on_device:
+                raise RuntimeError(
+                    f"{self._rule.owner}: a CUDA graph would repeat this step's number for ever; pass capturable=True "
+                    "for steps that are captured"
+                )
+            # Made before, read by every replay, and perhaps replaced by a later step.
+            self._captured.append((self._work, self._sizes, self._stream_table, self._columns, self._first))
         if not self.on_device:
             super().prepare(step)
         else:
@@ -95,11 +105,6 @@ class GpuBucket(Bucket):
             addresses, row_of = self._moving.put(self._address, self._row_of)
             table = self._device_table
         else:
-            if self._rule.scalar_states and is_capturing(self.params[0].device):
-                raise RuntimeError(
-                    f"{self._rule.owner}: a CUDA graph would repeat this step's number for ever; pass capturable=True "
-                    "for steps that are captured"
-                )
             addresses, row_of, table = self._moving.put(self._address, self._row_of, self._table)
         with uninterrupted():  # tensors and their step counts change together
             triton.run(
@@ -135,8 +140,8 @@ class GpuBucket(Bucket):
         }
         if rule.marks_first:
             if self._first is None:
-                (self._first,) = Tables(self.params[0].device, self._captured).put(self._marks)
-            self._updated_there = torch.from_numpy(np.flatnonzero(self.active)).to(self._first.device)
+                (self._first,) = self._marked.put(self._marks)
+            (self._updated_there,) = self._index.put(np.flatnonzero(self.active))
             kept["first"] = self._first[self._updated_there] != 0
         scalars = rule.finish(self._columns, kept, step.gain, needed=self._kernel[2])
         count, dtype = len(self._updated), compute_dtype(self._layout)
