@@ -12,8 +12,12 @@ from schuss.rule import State as State
 if TYPE_CHECKING:
     from schuss import schedules as schedules
     from schuss.schedules import Schedule as Schedule
+    from schuss.training import Checkpoint as Checkpoint
+    from schuss.training import CheckpointError as CheckpointError
     from schuss.training import clip_grad_norm_ as clip_grad_norm_
+    from schuss.training import load_checkpoint as load_checkpoint
     from schuss.training import param_groups as param_groups
+    from schuss.training import save_checkpoint as save_checkpoint
     from schuss.training import unfreeze as unfreeze
     from schuss.training.accumulate import accumulate as accumulate
     from schuss.wrappers import Lookahead as Lookahead
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointError",
     "Lookahead",
     "Optimizer",
     "Options",
@@ -29,13 +35,19 @@ __all__ = [
     "accumulate",
     "clip_grad_norm_",
     "formula",
+    "load_checkpoint",
     "optim",
     "param_groups",
+    "save_checkpoint",
     "schedules",
     "unfreeze",
 ]
 
 _LATER = {
+    "Checkpoint": "schuss.training",
+    "CheckpointError": "schuss.training",
+    "load_checkpoint": "schuss.training",
+    "save_checkpoint": "schuss.training",
     "Lookahead": "schuss.wrappers",
     "Schedule": "schuss.schedules",
     "accumulate": "schuss.training",

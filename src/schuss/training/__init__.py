@@ -1,8 +1,12 @@
-"""What stands around an optimizer in a training loop: parameter groups, clipping, windows of micro-batches."""
+"""What stands around an optimizer in a training loop: parameter groups, clipping, micro-batches, checkpoints."""
 
 from schuss.training.accumulate import Window as Window
 from schuss.training.accumulate import Windows as Windows
 from schuss.training.accumulate import accumulate as accumulate
+from schuss.training.checkpoints import Checkpoint as Checkpoint
+from schuss.training.checkpoints import CheckpointError as CheckpointError
+from schuss.training.checkpoints import load_checkpoint as load_checkpoint
+from schuss.training.checkpoints import save_checkpoint as save_checkpoint
 from schuss.training.clipping import clip_grad_norm_ as clip_grad_norm_
 from schuss.training.groups import NO_DECAY as NO_DECAY
 from schuss.training.groups import Assignment as Assignment
@@ -14,12 +18,16 @@ from schuss.training.groups import unfreeze as unfreeze
 __all__ = [
     "NO_DECAY",
     "Assignment",
+    "Checkpoint",
+    "CheckpointError",
     "Groups",
     "Match",
     "Window",
     "Windows",
     "accumulate",
     "clip_grad_norm_",
+    "load_checkpoint",
     "param_groups",
+    "save_checkpoint",
     "unfreeze",
 ]
