@@ -380,7 +380,7 @@ def nothing() -> None:
         (torch.ones(2, device="meta"), r"extra\['x'\] is a tensor on the meta device"),
         (torch.ones(2).as_subclass(type("DTensor", (torch.Tensor,), {})), r"is a DTensor, .* torch.distributed"),
     ],
-    ids=str,
+    ids=lambda argument: argument if isinstance(argument, str) else type(argument).__name__,
 )
 def test_what_no_file_holds_is_refused_before_anything_is_written(value: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=message):
