@@ -127,8 +127,8 @@ def map_error(dtype: torch.dtype, share: torch.Tensor) -> torch.Tensor:
     """The most by which the code of a share can be off.
 
     Two thirds of the gap between neighbouring codes, the wider one where a share lies near a code: half of it, were it
-    not for gaps with a corner of the map inside. Of the smallest signed codes a whole gap, since those are rounded down;
-    of the unsigned map all of its smallest code, since nothing but zero becomes zero.
+    not for gaps with a corner of the map inside. Of the smallest signed codes a whole gap: those are rounded down. Of
+    the unsigned map all of its smallest code, since nothing but zero becomes zero.
     """
     table, share = shares(dtype), share.abs().double()
     gaps = torch.cat([table.diff(), table[-1:] - table[-2:-1]])

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from schuss.schedules import Schedule as Schedule
     from schuss.training import Checkpoint as Checkpoint
     from schuss.training import CheckpointError as CheckpointError
+    from schuss.training import History as History
     from schuss.training import clip_grad_norm_ as clip_grad_norm_
     from schuss.training import load_checkpoint as load_checkpoint
     from schuss.training import param_groups as param_groups
     from schuss.training import save_checkpoint as save_checkpoint
     from schuss.training import unfreeze as unfreeze
     from schuss.training.accumulate import accumulate as accumulate
+    from schuss.training.fit import fit as fit
     from schuss.wrappers import Lookahead as Lookahead
 
 __version__ = "0.1.0"
@@ -27,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "History",
     "Lookahead",
     "Optimizer",
     "Options",
@@ -34,6 +37,7 @@ __all__ = [
     "State",
     "accumulate",
     "clip_grad_norm_",
+    "fit",
     "formula",
     "load_checkpoint",
     "optim",
@@ -46,6 +50,8 @@ __all__ = [
 _LATER = {
     "Checkpoint": "schuss.training",
     "CheckpointError": "schuss.training",
+    "History": "schuss.training",
+    "fit": "schuss.training",
     "load_checkpoint": "schuss.training",
     "save_checkpoint": "schuss.training",
     "Lookahead": "schuss.wrappers",

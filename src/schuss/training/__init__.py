@@ -8,12 +8,14 @@ from schuss.training.checkpoints import CheckpointError as CheckpointError
 from schuss.training.checkpoints import load_checkpoint as load_checkpoint
 from schuss.training.checkpoints import save_checkpoint as save_checkpoint
 from schuss.training.clipping import clip_grad_norm_ as clip_grad_norm_
+from schuss.training.fit import fit as fit
 from schuss.training.groups import NO_DECAY as NO_DECAY
 from schuss.training.groups import Assignment as Assignment
 from schuss.training.groups import Groups as Groups
 from schuss.training.groups import Match as Match
 from schuss.training.groups import param_groups as param_groups
 from schuss.training.groups import unfreeze as unfreeze
+from schuss.training.history import History as History
 
 __all__ = [
     "NO_DECAY",
@@ -21,11 +23,13 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Groups",
+    "History",
     "Match",
     "Window",
     "Windows",
     "accumulate",
     "clip_grad_norm_",
+    "fit",
     "load_checkpoint",
     "param_groups",
     "save_checkpoint",
