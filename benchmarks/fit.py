@@ -3,9 +3,9 @@
     python benchmarks/fit.py [--quick] [--threads N]
 
 One convolutional network on scikit-learn's digits is trained by both in turn, an epoch each, with one optimizer, one
-schedule and the same batches, which are tensors in memory. The data note when a step asks for its first batch; a step's time is
-that from one such moment to the next, and medians are over all steps. The last column is what one call of fit takes
-beside its steps.
+schedule and the same batches, which are tensors in memory. The data note when a step asks for its first batch; a step's
+time is that from one such moment to the next, and medians are over all steps. The last column is what a call of fit
+takes beside its steps.
 """
 
 import argparse

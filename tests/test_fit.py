@@ -208,13 +208,16 @@ def test_tensors_of_a_batch_are_moved() -> None:
         seen.append(batch)
         return mse_loss(model(X), Y)
 
-    batch = {"a": torch.ones(2), "b": [torch.ones(3), Named(torch.ones(1), "a text")]}
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])  # a named tuple that knows better
+    batch = {"a": torch.ones(2), "b": [torch.ones(3), Named(torch.ones(1), "a text")], "packed": packed}
     for device in (None, "meta"):
         model = model_of()
         fit(model, [batch], loss, optim.SGD(model.parameters(), lr=0.1), steps=1, device=device)
         a, (b, c) = seen[-1]["a"], seen[-1]["b"]
         assert {t.device.type for t in (a, b, c.x)} == {device or "cpu"}
         assert (type(c), c.y) == (Named, "a text")
+        packed = seen[-1]["packed"]
+        assert (packed.data.device.type, packed.batch_sizes.device.type) == (device or "cpu", "cpu")
 
 
 class Endless(IterableDataset[Any]):
@@ -302,6 +305,23 @@ def test_a_step_that_the_scaler_leaves_out_changes_nothing(kind: str) -> None:
     assert not equal(kept[left_out][0], before)
     assert schedule.last_epoch == 15 - left_out
     assert {int(s["step"]) for s in optimizer.state.values()} == {15 - left_out}
+
+
+@pytest.mark.parametrize("library", [torch.optim, optim])
+def test_gradients_are_clipped_without_their_scale(library: Any) -> None:
+    """A step of a limited length, and the norm that it has without a scaler."""
+    norms, moves = [], []
+    for precision in ("float32", "float16"):
+        model, heard = model_of(), []
+        before = values(model)
+        fit(
+            model, PAIRS[:1], mse_loss, library.SGD(model.parameters(), lr=1.0), steps=1, precision=precision,
+            clip_norm=0.1, log_every=1, log=lambda _, found, heard=heard: heard.append(found["grad_norm"]),
+        )  # fmt: skip
+        norms += heard
+        moves.append(torch.cat([(a - b).flatten() for a, b in zip(values(model), before, strict=True)]).norm().item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2)
+    assert moves == pytest.approx([0.1, 0.1], rel=1e-3)
 
 
 def test_a_step_without_finite_gradients_is_left_out() -> None:

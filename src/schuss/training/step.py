@@ -56,13 +56,15 @@ class Loss:
 
 def moved(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device: what has a method `to`, also inside of tuples, lists and dicts."""
+    if isinstance(batch, Tensor):
+        return batch if batch.device == device else batch.to(device, non_blocking=device.type == "cuda")
     if callable(to := getattr(batch, "to", None)):
-        return to(device, non_blocking=True) if isinstance(batch, Tensor) and device.type == "cuda" else to(device)
-    if isinstance(batch, dict):
-        return type(batch)((name, moved(part, device)) for name, part in batch.items())
+        return to(device)
     if isinstance(batch, (tuple, list)):
         parts = [moved(part, device) for part in batch]
         return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    if isinstance(batch, dict):
+        return type(batch)((name, moved(part, device)) for name, part in batch.items())
     return batch
 
 
