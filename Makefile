@@ -22,6 +22,7 @@ format: .venv/stamp
 
 bench: .venv/stamp
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/fit.py
 
 # Keeps every pinned version that pyproject.toml still allows; `make lock UPGRADE=1` takes the newest of everything.
 # Left out is what torch pins itself for its CUDA build, so that the lock also fits a build of torch without CUDA. But

@@ -597,3 +597,14 @@ def test_long_schedules_are_thinned_out() -> None:
     t, values = picture.sample(linear(10**9), 10**9)
     assert (len(t), t[0], t[-1]) == (picture.MOST, 0, 10**9 - 1)
     assert values[0] == 1
+
+
+def test_following_waits_for_a_step_that_nonfinite_skips() -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    optimizer = optim.SGD([p], lr=1.0, max_norm=1.0, nonfinite="skip")
+    schedule = Schedule(optimizer, lr=linear(10), follow=True)
+    for value in (1.0, float("nan"), float("inf"), 1.0):
+        p.grad = torch.full((2,), value)
+        optimizer.step()
+    assert optimizer.skipped_steps == 2
+    assert schedule.last_epoch == 2

@@ -131,12 +131,15 @@ class Schedule(LRScheduler):
 
     def _attach(self) -> None:
         if self.follow:
+            self._skipped = getattr(self.optimizer, "skipped_steps", 0)
             self._handle = self.optimizer.register_step_post_hook(self._after)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Optimizers that unscale gradients themselves are called for a skipped step too, and told by `found_inf`.
-        skipped = getattr(optimizer, "found_inf", None)
-        if skipped is None or not number(skipped):
+        # Optimizers that unscale gradients themselves are called for a skipped step too, and told by `found_inf`; ours
+        # may leave out a step whose gradients have no norm, and count it.
+        found_inf = getattr(optimizer, "found_inf", None)
+        before, self._skipped = self._skipped, getattr(optimizer, "skipped_steps", 0)
+        if self._skipped <= before and (found_inf is None or not number(found_inf)):
             self._go(self.last_epoch + 1)
 
     def _go(self, step: int) -> None:

@@ -101,9 +101,11 @@ class Windows(Generic[Batch]):
         allowed, sizes = "(0, inf)" if self._reduction == "mean" else "[0, inf)", []
         for i, batch in enumerate(batches, start=1):
             size = self._size(batch)
-            bounds.check("accumulate", f"size of micro-batch {i} of {len(batches)}", size, allowed)
+            if type(size) is not int or size <= 0:  # an int above 0, as it mostly is, needs no check
+                bounds.check("accumulate", f"size of micro-batch {i} of {len(batches)}", size, allowed)
             sizes.append(bounds.number(size))
-        bounds.check("accumulate", "size of the window", sum(sizes), "(0, inf)")
+        if not sum(sizes) > 0:
+            bounds.check("accumulate", "size of the window", sum(sizes), "(0, inf)")
         return sizes
 
 
@@ -164,10 +166,15 @@ class Window(Generic[Batch]):
         if loss.numel() != 1:
             raise ValueError(f"accumulate: the loss must be a scalar, got shape {tuple(loss.shape)}")
         self._used += 1
-        value = loss.detach().reshape(())
-        value = value.to(torch.promote_types(value.dtype, torch.float32)) * (self._parts[i] / self.size)
+        weight = self.weight
+        scaled = loss if weight == 1 else loss * weight
+        if self._divisor == self.size and loss.dtype == torch.float32 and not loss.dim():
+            value = scaled.detach()
+        else:
+            value = loss.detach().reshape(())
+            value = value.to(torch.promote_types(value.dtype, torch.float32)) * (self._parts[i] / self.size)
         self._loss = value if self._loss is None else self._loss + value
-        return loss * self.weight
+        return scaled
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the current micro-batch, with its weight in the window.
