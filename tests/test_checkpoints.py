@@ -30,7 +30,7 @@ import schuss
 from checkpoint_writer import EXAMPLES, Run, Shuffled, dataset, digest, generators
 from schuss import optim
 from schuss.schedules import Schedule, cosine
-from schuss.training import checkpoints
+from schuss.training import checkpoints, files
 from schuss.training.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 
 EPOCH = math.ceil(EXAMPLES / 64)
@@ -498,7 +498,7 @@ class Hostile:
 
 def write(payload: Any, path: Path) -> None:
     with path.open("wb") as file:
-        checkpoints._write(payload, file)
+        files.write(payload, file)
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
@@ -749,7 +749,7 @@ def test_a_full_disk_and_no_permission(call: str, code: int, tmp_path: Path, mon
         raise OSError(code, os.strerror(code))
 
     if call == "write":
-        monkeypatch.setattr(checkpoints, "_write", fail)
+        monkeypatch.setattr(checkpoints, "write", fail)
     else:
         monkeypatch.setattr(os, call, fail)
     with pytest.raises(OSError, match=os.strerror(code)) as raised:
@@ -769,7 +769,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def interrupt(*_: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints._Sink, "write", interrupt)
+    monkeypatch.setattr(files._Sink, "write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, step=2)
     assert names(tmp_path) == []
@@ -798,7 +798,7 @@ def test_leftovers_are_removed_but_not_what_is_being_written(tmp_path: Path) -> 
     foreign = tmp_path / ".other.tmp"
     dead.write_bytes(b"half")
     foreign.write_bytes(b"not ours")
-    with checkpoints._replacing(tmp_path / "step-00000007.schuss") as file:
+    with files.replacing(tmp_path / "step-00000007.schuss") as file:
         (live,) = {*tmp_path.iterdir()} - {dead, foreign}
         save_checkpoint(tmp_path, step=2)
         assert not dead.exists()
@@ -866,9 +866,9 @@ def test_wrappers_of_torch_are_looked_through(tmp_path: Path) -> None:
 
 
 def test_random_numbers_of_a_missing_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = checkpoints._generators()
+    ours = checkpoints.generators_here()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "_generators", lambda: ours | {"cuda:31": torch.Generator()})
+        patch.setattr(checkpoints, "generators_here", lambda: ours | {"cuda:31": torch.Generator()})
         save_checkpoint(tmp_path, step=0)
     with pytest.warns(UserWarning, match="random numbers of cuda:31, which this machine lacks"):
         load_checkpoint(tmp_path)

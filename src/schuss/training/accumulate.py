@@ -70,7 +70,7 @@ def accumulate(
     bounds.check("accumulate", "steps", steps, "[1, inf)")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"accumulate: reduction must be 'mean' or 'sum', got {reduction!r}")
-    return Windows(loader, steps, size or _first_length, reduction, model)
+    return Windows(loader, steps, size or first_length, reduction, model)
 
 
 class Windows(Generic[Batch]):
@@ -215,7 +215,7 @@ class Window(Generic[Batch]):
             )
 
 
-def _first_length(batch: Any) -> int:
+def first_length(batch: Any) -> int:
     if (length := _search(batch)) is None:
         raise TypeError(f"accumulate: found no tensor in a {type(batch).__name__}; pass size=")
     return length

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader
 
-from schuss.training.checkpoints import _RANDOM, _generators, _has_state, _Loader, _restore, _state
+from schuss.training.stateful import RANDOM, Loader, generators_here, has_state, restore, state_of
 
 __all__ = ["Epochs", "kept_random"]
 
@@ -40,7 +40,7 @@ class Epochs(Generic[Batch]):
     @property
     def stateful(self) -> Any:
         """What `save_checkpoint` is to save of the data; None if they have no state that can be seen."""
-        return self._data if isinstance(self._data, DataLoader) or _has_state(self._data) else None
+        return self._data if isinstance(self._data, DataLoader) or has_state(self._data) else None
 
     def rest(self) -> Iterator[Batch]:
         """The batches of this epoch that have not been used."""
@@ -50,14 +50,14 @@ class Epochs(Generic[Batch]):
         for part in (self._data, *inside):
             if callable(set_epoch := getattr(part, "set_epoch", None)):
                 set_epoch(self.epoch)
-        if _has_state(self._data):
+        if has_state(self._data):
             batches = iter(self._data)
         elif self.taken == 0:
-            self._begin = {name: _state(piece) for name, piece in self._pieces().items()}
+            self._begin = {name: state_of(piece) for name, piece in self._pieces().items()}
             batches = iter(self._data)
         else:
-            generators = {name: piece for name, piece in self._pieces().items() if isinstance(piece, _RANDOM)}
-            now = {name: _state(generator) for name, generator in generators.items()}
+            generators = {name: piece for name, piece in self._pieces().items() if isinstance(piece, RANDOM)}
+            now = {name: state_of(generator) for name, generator in generators.items()}
             self._put(self._begin)
             batches = iter(self._data)
             next(islice(batches, self.taken - 1, None), None)
@@ -85,22 +85,22 @@ class Epochs(Generic[Batch]):
 
     def _pieces(self) -> dict[str, Any]:
         """What decides about the order of the data, as far as it can be seen."""
-        inside = _Loader(self._data).pieces if isinstance(self._data, DataLoader) else {}
-        return {**_generators(), **inside}
+        inside = Loader(self._data).pieces if isinstance(self._data, DataLoader) else {}
+        return {**generators_here(), **inside}
 
     def _put(self, states: Mapping[str, Any]) -> None:
         for name, piece in self._pieces().items():
             if name in states:
-                _restore(piece, states[name], strict=True)
+                restore(piece, states[name], strict=True)
 
 
 @contextmanager
 def kept_random() -> Iterator[None]:
     """A block after which the random numbers of Python, NumPy, torch and CUDA go on as if it had not been."""
-    before = {name: _state(generator) for name, generator in _generators().items()}
+    before = {name: state_of(generator) for name, generator in generators_here().items()}
     try:
         yield
     finally:
-        for name, generator in _generators().items():
+        for name, generator in generators_here().items():
             if name in before:
-                _restore(generator, before[name], strict=True)
+                restore(generator, before[name], strict=True)

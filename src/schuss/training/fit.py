@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from schuss import bounds
-from schuss.training.accumulate import Window, _first_length
+from schuss.training.accumulate import Window, first_length
 from schuss.training.accumulate import accumulate as windows_of
 from schuss.training.checkpoints import load_checkpoint, save_checkpoint
 from schuss.training.epochs import Epochs
@@ -147,7 +147,7 @@ def fit(
     # ReduceLROnPlateau waits for evaluations, and a Schedule with follow=True counts by itself.
     counts = None if plateau or getattr(schedule, "follow", False) else schedule
     step = Step(model, loss, optimizer, scaler, clip_norm, counts if schedule_every == "step" else None)
-    values_of = evaluate if evaluate is None or callable(evaluate) else mean_loss(loss, evaluate, size or _first_length)
+    values_of = evaluate if evaluate is None or callable(evaluate) else mean_loss(loss, evaluate, size or first_length)
     history, position = History(mode=mode), Epochs(data)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "data": position.stateful}
     parts |= {"scaler": scaler if scaler.is_enabled() else None, "extra": {"history": history, "position": position}}
