@@ -3,6 +3,9 @@
 A rule is written with Python's operators and the words below, and runs on whatever it is given: tensors (eager
 torch), lists of tensors (the foreach back end), float64 numbers and arrays (the scalars of a step), or symbols (from
 which kernels are generated and formulas printed). Every word means on each of them what torch means by it.
+
+Most words are about one element. `dot`, `total`, `row_mean` and `column_mean`, and what is made of them, are about a
+whole tensor: a rule that uses them is cut into passes there, one that finds the sums and one that uses them.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["Operand", "absolute", "clamp", "lerp", "logical_and", "maximum", "minimum", "sign", "sqrt", "where"]
+__all__ = [
+    "Operand", "absolute", "clamp", "column_mean", "dot", "everywhere", "lerp", "logical_and", "maximum", "mean",
+    "mean_square", "minimum", "norm", "row_mean", "sign", "size", "sqrt", "total", "where",
+]  # fmt: skip
 
 
 class Operand:
@@ -157,3 +163,67 @@ logical_and.__doc__ = "Both conditions hold."
 def clamp(x: Any, low: Any, high: Any) -> Any:
     """`x` limited to [low, high]; NaN stays NaN."""
     return minimum(maximum(x, low), high)
+
+
+# --- words about a whole tensor ---------------------------------------------------------------------------------------
+
+# Sums are float64 numbers, so that they do not depend on how a tensor is cut into pieces, nor overflow where its
+# elements do not; what they are multiplied with keeps its dtype, as torch's tensors do with one of no dimensions.
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.sum(a.to(torch.float64) * b.to(torch.float64))
+
+
+def _total(x: torch.Tensor) -> torch.Tensor:
+    return x.sum(dtype=torch.float64)
+
+
+def _row_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.mean(dim=-1, keepdim=True)
+
+
+def _column_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.mean(dim=-2, keepdim=True)
+
+
+def _everywhere(x: torch.Tensor) -> torch.Tensor:
+    raise TypeError("everywhere() is a sum over all tensors of an optimizer: one tensor does not know it")
+
+
+def _size(x: torch.Tensor) -> int:
+    return x.numel()
+
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+    function.__name__ = function.__name__.removeprefix("_")
+    return word(function)
+
+
+dot = _named(_dot)
+dot.__doc__ = "`dot(a, b)`: the sum of a b over all elements of the tensor."
+total = _named(_total)
+total.__doc__ = "The sum over all elements of the tensor."
+row_mean = _named(_row_mean)
+row_mean.__doc__ = "The mean of each row of a matrix, or of a batch's matrices: over the last dimension."
+column_mean = _named(_column_mean)
+column_mean.__doc__ = "The mean of each column of a matrix, or of a batch's matrices: over the last dimension but one."
+size = _named(_size)
+size.__doc__ = "How many elements the tensor has; of a complex one, twice as many."
+everywhere = _named(_everywhere)
+everywhere.__doc__ = "The sum of a number that each tensor has, such as a `dot`, over all tensors that take this step."
+
+
+def norm(x: Any) -> Any:
+    """The root of the sum of the squares of all elements of the tensor."""
+    return sqrt(dot(x, x))
+
+
+def mean(x: Any) -> Any:
+    """The mean over all elements of the tensor."""
+    return total(x) / maximum(size(x), 1)
+
+
+def mean_square(x: Any) -> Any:
+    """The mean of the squares of all elements of the tensor."""
+    return dot(x, x) / maximum(size(x), 1)

@@ -24,6 +24,10 @@ __all__ = ["Number", "Optimizer", "Options"]
 Number = float | torch.Tensor
 
 
+def _is_number(state: str | State) -> bool:
+    return isinstance(state, State) and state.number
+
+
 def _no_scalars() -> Mapping[str, Any]:
     return {}
 
@@ -70,7 +74,7 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler leaves the unscaling, and skipping a bad step, to `step`
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], **options: Any) -> None:
-        states = {s if isinstance(s, str) else s.name for s in type(self).states.values()}
+        states = {s if isinstance(s, str) else s.name for s in type(self).states.values() if not _is_number(s)}
         self._options = Settings.parse(type(self).__name__, options, states, own=_own_arguments(type(self)))
         self._reset()
         self._rule = self._declare(defaults)
@@ -290,6 +294,11 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{owner}: `fused` and `foreach` cannot be `True` together.")
         if group.get("fused") and group.get("differentiable"):
             raise RuntimeError(f"{owner}: `fused` does not support `differentiable`")
+        if self._options.cautious_decay and not self._rule.is_decoupled(group):
+            raise ValueError(
+                f"{owner}: cautious_decay needs decoupled weight decay, which this optimizer does not have"
+                + ("; pass decoupled_weight_decay=True" if "decoupled_weight_decay" in group else "")
+            )
         self._options.check_exact(owner, self._rule.states.values(), group)
         self.check_group(group)
 

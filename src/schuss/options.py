@@ -61,6 +61,15 @@ class Options(TypedDict, total=False):
     ema_warmup: bool
     """Whether the decay of the average starts lower, min(ema_decay, (1 + step) / (10 + step)). Default False."""
 
+    cautious: bool
+    """Whether elements whose step would not go against their gradient stay where they are (Liang et al. 2024,
+    arXiv:2411.16085); the steps of the others are divided by their share in the tensor, 0.001 at least. Default False.
+    """
+
+    cautious_decay: bool
+    """Whether decoupled weight decay leaves out elements whose step leads away from zero (Chen et al. 2025,
+    arXiv:2510.12402). Default False."""
+
     seed: int
     """Of the random bits of rounding="stochastic", which depend on it, the parameter's place in the optimizer, the step
     and the element alone. Default 0."""
@@ -84,6 +93,8 @@ class Settings:
     nonfinite: Nonfinite = "propagate"
     ema_decay: float | None = None
     ema_warmup: bool = False
+    cautious: bool = False
+    cautious_decay: bool = False
 
     @property
     def needs_step(self) -> bool:
@@ -115,7 +126,8 @@ class Settings:
         for name, bound in NUMBERS.items():
             if name in given:
                 check(owner, name, given[name], f"None or {bound}")
-        for name, kind, what in (("seed", int, "an integer"), ("ema_warmup", bool, "True or False")):
+        flags = ("ema_warmup", "cautious", "cautious_decay")
+        for name, kind, what in (("seed", int, "an integer"), *((flag, bool, "True or False") for flag in flags)):
             value = given.get(name, kind())
             if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
                 raise TypeError(f"{owner}: {name} must be {what}, got {value!r} ({type(value).__name__})")

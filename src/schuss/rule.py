@@ -11,7 +11,7 @@ import torch
 
 from schuss.bounds import number
 from schuss.engine.pieces import EMA, Pieces, trace
-from schuss.engine.trace import Formula, parameters
+from schuss.engine.trace import Formula, parameters, used
 from schuss.formula import minimum, where
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ ENGINE_KEYS = ("maximize", "foreach", "fused", "capturable", "differentiable", "
 
 @dataclass(frozen=True)
 class State:
-    """A tensor like the parameter that a rule keeps from step to step.
+    """What a rule keeps of a parameter from step to step: a tensor like it, or a number.
 
     Args:
         name: its name in `optimizer.state[p]` and in checkpoints.
@@ -33,6 +33,7 @@ class State:
         exact: 8 bits would break the rule, since small differences of the state decide what happens: True, or the name
             of the hyperparameter that makes it so.
         wide: it is stored in float32 at least, also for parameters of fewer bits.
+        number: it is one number for the tensor; the formula returns the new one, made of sums.
     """
 
     name: str
@@ -41,6 +42,7 @@ class State:
     nonnegative: bool = False
     exact: bool | str = False
     wide: bool = False
+    number: bool = False
 
     def exists(self, group: Mapping[str, Any]) -> bool:
         """Whether a parameter of this group has the state."""
@@ -86,15 +88,18 @@ class Rule:
         defaults: Mapping[str, Any],
     ) -> None:
         self.owner, self.formula, self.scalars = owner, formula, scalars
-        self.states, self.has_step, self.decay = states, has_step, decay
+        self.states = {letter: state for letter, state in states.items() if not state.number}
+        self.number_states = {letter: state.name for letter, state in states.items() if state.number}
+        """The letters of states that are one number for a tensor, and the names of these."""
+        self.has_step, self.decay = has_step, decay
         step: dict[str, float | str] = {"step": 0.0} if has_step else {}
-        self.scalar_states = step | dict(scalar_states)
+        self.scalar_states = step | dict(scalar_states) | {s.name: s.init for s in states.values() if s.number}
         self.options: Settings | None = None
         self._traced: dict[tuple[Variant, Pieces], tuple[Formula, tuple[str, ...]]] = {}
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
             raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")
-        known = {"step", "first", "gain", "decoupled", *scalar_states, *defaults}
+        known = {"step", "first", "gain", "decoupled", *self.scalar_states, *defaults}
         if unknown := [name for name in parameters(scalars) if name not in known]:
             raise TypeError(
                 f"{owner}.scalars takes {unknown[0]!r}, which is no hyperparameter and no scalar state; it may take "
@@ -163,8 +168,14 @@ class Rule:
     def trace(self, variant: Variant, pieces: Pieces) -> tuple[Formula, tuple[str, ...]]:
         """The formula of a form of the rule with its pieces, and the scalars that it reads, in order."""
         if (variant, pieces) not in self._traced:
-            self._traced[variant, pieces] = trace(self.formula, pieces, self.letters(variant), self.chosen(variant))
+            numbers, flags = self.number_states, self.chosen(variant)
+            letters = self.letters(variant) | dict.fromkeys(numbers, True)
+            self._traced[variant, pieces] = trace(self.formula, pieces, letters, flags, numbers)
         return self._traced[variant, pieces]
+
+    def sums_everywhere(self, variant: Variant) -> bool:
+        """Whether a form of the rule needs sums over all tensors of the optimizer."""
+        return any(node.op == "everywhere" for node in used(self.trace(variant, Pieces())[0].outputs.values()))
 
     def chooses(self, key: str) -> bool:
         """Whether the truth of a hyperparameter chooses the form of the rule or the back end."""
@@ -210,6 +221,7 @@ class Rule:
             values["step"] = values["step"] + 1
             values["first"] = values["step"] == 1
         result = values | dict(self.scalars(**{name: values[name] for name in self._scalar_arguments}))
+        result |= {letter: values[name] for letter, name in self.number_states.items()}
         weight_decay, decoupled = values.get("weight_decay", 0.0), values["decoupled"]
         if "decay" not in result:  # a rule may say that a step does not decay
             result["decay"] = 1 - values["lr"] * weight_decay * decoupled if "lr" in values else 1.0
@@ -243,6 +255,8 @@ class Rule:
             l2=bool(np.any(used & ~decoupled)),
             l2_everywhere=bool(np.all(used & ~decoupled & (weight_decay == weight_decay))),
             decay=bool(np.any(used & decoupled)),
+            cautious=options is not None and options.cautious,
+            cautious_decay=options is not None and options.cautious_decay and bool(np.any(used & decoupled)),
             ema=options is not None and options.ema_decay is not None,
         )
 

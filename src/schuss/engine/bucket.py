@@ -1,8 +1,10 @@
 """A launch: its tables of addresses and scalars, kept from step to step."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +14,9 @@ from torch.autograd.graph import increment_version
 from schuss.engine import numba
 from schuss.engine.numba_kernel import CHUNK, kernel_source, sum_source
 from schuss.engine.pieces import Pieces
+from schuss.engine.stages import Level, Stages, Sums, Values, cut, is_staged
 from schuss.engine.state import COMPENSATION, kept_by, keys_of
-from schuss.engine.storage import Layout, compute_dtype, stream, traced
+from schuss.engine.storage import Layout, Storage, compute_dtype, stream, traced
 from schuss.engine.trace import Formula
 from schuss.engine.watch import INSIDE, OTHERS, Watched, watch
 from schuss.rule import Rule, Variant
@@ -44,8 +47,27 @@ class Step:
     skip: torch.Tensor | None = None
 
 
-SQUARE = traced(lambda g: g * g, "g")
+SQUARE = Sums(traced(lambda g: g, "g"), (("out", "out"),))
 """What is summed for the norm of the gradients."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a form of the rule is run by.
+
+    Args:
+        pieces: what is composed with it.
+        scalars: the names of the numbers that are computed for each row before any pass.
+        kernel: of the pass that updates.
+        stages: how the formula is cut, if one pass is not enough.
+        sums: the kernels of the passes before; None for one that only sums over all tensors.
+    """
+
+    pieces: Pieces
+    scalars: tuple[str, ...]
+    kernel: Any
+    stages: Stages | None = None
+    sums: tuple[Any, ...] = ()
 
 
 class Bucket(ABC):
@@ -114,9 +136,12 @@ class Bucket(ABC):
         self._table = np.zeros((0, 0))
         self._streams = np.array([stream(optimizer._options.seed, e.position) for e in entries], np.uint64)
         self._per_tensor = (self._scalar_address, self._is_double, self.active, self._row_of)
-        self._kernel: tuple[Pieces, Any, tuple[str, ...]] | None = None
+        self._made: Made | None = None
         # Gradients that can be lazy though they are dense: autograd hands on views of complex tensors as they are.
         self._lazy = [t for t, p in enumerate(self.params) if p.is_complex() or p.numel() == 1]
+        self._found = 0  # passes that have found their sums
+        self._values = Values({})
+        self._scalars: dict[str, Array] = {}
         self.hyper_changed = self.pieces_changed = True
         self._gain = 1.0
         self._watch = watch(
@@ -167,10 +192,46 @@ class Bucket(ABC):
     def launch(self) -> None:
         """Update the bucket's tensors that have a gradient, as prepared."""
         if self._updated:
-            assert self._kernel is not None
+            assert self._made is not None
+            if (stages := self._made.stages) is not None:
+                for k in range(len(stages.levels)):
+                    self.find(k)
+                self._take(tuple(stages.between), last=True)
             increment_version(self._updated)
-            self._run(self._kernel[1])
+            self._run(self._made.kernel)
         self._grads = []
+
+    @property
+    def sums_everywhere(self) -> int:
+        """How many passes end with sums over all tensors of the optimizer; as prepared."""
+        stages = None if self._made is None or not self._updated else self._made.stages
+        return 0 if stages is None else stages.sums_everywhere
+
+    def find(self, k: int) -> None:
+        """Find the sums of a pass, if they have not been found."""
+        assert self._made is not None
+        assert self._made.stages is not None
+        if not self._found <= k < len(self._made.stages.levels):
+            return
+        level = self._made.stages.levels[k]
+        self._take(level.between)
+        if level.sums is not None:
+            self._values.known |= zip(level.reductions, self._sum(level, self._made.sums[k]), strict=True)
+        self._found = k + 1
+
+    def share(self, k: int) -> list[Any]:
+        """What the tensors of the bucket give to the sums over all tensors that follow a pass."""
+        level = self._level(k)
+        return [] if level is None else [self._over_tensors(self._values(node.args[0])) for node in level.everywhere]
+
+    def tell(self, k: int, sums: Sequence[Any]) -> None:
+        """Take over the sums over all tensors."""
+        if (level := self._level(k)) is not None:
+            self._values.known |= zip(level.everywhere, map(self._here, sums), strict=True)
+
+    def _level(self, k: int) -> Level | None:
+        stages = None if self._made is None or not self._updated else self._made.stages
+        return None if stages is None or k >= len(stages.levels) else stages.levels[k]
 
     def square_sum(self) -> float | torch.Tensor:
         """The sum of the squares of the gradients that `compare` has found: on the host, or a tensor on the device."""
@@ -183,12 +244,32 @@ class Bucket(ABC):
         """`square_sum`, of one tensor at least."""
 
     @abstractmethod
+    def _sum(self, level: Level, kernel: Any) -> list[Any]:
+        """The sums of a pass, each with a number for every tensor."""
+
+    @abstractmethod
+    def _take(self, names: Sequence[str], *, last: bool = False) -> None:
+        """Put numbers that are known now into the table of scalars; at last those that are kept of each tensor."""
+
+    @abstractmethod
+    def _over_tensors(self, numbers: Any) -> Any:
+        """The sum of a number of each tensor, over those that are updated."""
+
+    @abstractmethod
+    def _here(self, number: Any) -> Any:
+        """A number of all tensors where this bucket computes."""
+
+    @abstractmethod
     def _run(self, kernel: Any) -> None:
         """Launch the kernel, and write the new per-tensor scalars."""
 
     @abstractmethod
     def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> Any:
         """The kernel of a formula."""
+
+    @abstractmethod
+    def _compile_sums(self, sums: Sums) -> Any:
+        """The kernel of sums."""
 
     def _plan_sizes(self) -> None:
         self._size = self._numel * self.active
@@ -201,7 +282,10 @@ class Bucket(ABC):
         """Give tensors of a group that have equal scalars one row."""
         values = np.zeros((len(self.params), len(self._scalar_names)))
         self._loops.read(self._scalar_address, self._is_double, values)
-        rows, row_of = np.unique(np.column_stack([self._groups, values]), axis=0, return_inverse=True)
+        rows = np.column_stack([self._groups, values])
+        row_of = np.arange(len(rows))
+        if not self._is_staged:  # sums make every tensor's numbers its own
+            rows, row_of = np.unique(rows, axis=0, return_inverse=True)
         self._row_of[:] = row_of.reshape(-1)
         self._row_group = rows[:, 0].astype(np.int64)
         self._rows = np.ascontiguousarray(rows[:, 1:])
@@ -216,28 +300,42 @@ class Bucket(ABC):
             self._columns = rule.unpack(hyper[self._row_group].T)
         if self.pieces_changed or gain != self._gain:
             pieces = rule.pieces(self._columns, gain)
-            if self._kernel is None or self._kernel[0] != pieces:
-                self._kernel = (pieces, *self._kernel_of(pieces))
-        assert self._kernel is not None
+            if self._made is None or self._made.pieces != pieces:
+                self._made = self._make(pieces)
+        assert self._made is not None
         kept = dict(zip(self._scalar_names, rows.T, strict=True))
         if rule.marks_first:
             kept["first"] = kept["first"] != 0
-        names = self._kernel[2]
-        if self._table.shape != (len(rows), len(names)):
+        names, stages = self._made.scalars, self._made.stages
+        width = len(names) if stages is None else len(stages.scalars)
+        if self._table.shape != (len(rows), width):
             kind = np.float64 if compute_dtype(self._layout) == torch.float64 else np.float32
-            self._table = np.zeros((len(rows), len(names)), kind)
+            self._table = np.zeros((len(rows), width), kind)
         with np.errstate(all="ignore"):
             scalars = rule.finish(self._columns, kept, gain, needed=names)
             for k, name in enumerate(names):
                 self._table[:, k] = scalars[name]
         for k, name in enumerate(self._scalar_names):
             self._new[:, k] = 0.0 if name == "first" else scalars[name]
+        if stages is not None:
+            self._scalars = {name: np.broadcast_to(scalars[name], len(rows)) for name in names}
         self._finished = rows.copy()
         self.hyper_changed, self.pieces_changed, self._gain = False, False, gain
 
-    def _kernel_of(self, pieces: Pieces) -> tuple[Any, tuple[str, ...]]:
+    @cached_property
+    def _is_staged(self) -> bool:
+        """Whether the rule needs several passes, whatever pieces join it later."""
+        options = self._rule.options
+        pieces = Pieces(cautious=options is not None and options.cautious)
+        return is_staged(self._rule.trace(self._variant, pieces)[0])
+
+    def _make(self, pieces: Pieces) -> Made:
         formula, scalars = scalars_of(self._rule, self._variant, pieces, self._layout)
-        return self._compile(formula, scalars), scalars
+        if not is_staged(formula):
+            return Made(pieces, scalars, self._compile(formula, scalars))
+        stages = cut(formula, scalars)
+        sums = [None if level.sums is None else self._compile_sums(level.sums) for level in stages.levels]
+        return Made(pieces, scalars, self._compile(stages.final, stages.scalars), stages, tuple(sums))
 
 
 class CpuBucket(Bucket):
@@ -245,12 +343,44 @@ class CpuBucket(Bucket):
 
     on_host = True
 
+    def prepare(self, step: Step) -> None:
+        super().prepare(step)
+        if self._is_staged and self._updated:
+            assert self._made is not None
+            assert self._made.stages is not None
+            self._found, self._values = 0, Values(self._scalars)
+            self._values.known |= dict.fromkeys(self._made.stages.sizes, self._numel.astype(np.float64))
+
     def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> int:
         source = kernel_source(self._title, formula, scalars, self._layout)
         return numba.kernel_address(self._rule.owner.lower(), source)
 
+    def _compile_sums(self, sums: Sums) -> int:
+        return numba.kernel_address("sum", sum_source(f"Sums of {self._title}", sums, self._layout))
+
     def _square_sum(self) -> float:
-        return sum_of(SQUARE, self._layout, self._address, self._size, self._weight)
+        return square_sum(self._layout["g"].dtype, self._address[:, 1], self._size, self._weight)
+
+    def _sum(self, level: Level, kernel: int) -> list[Array]:
+        tables = (self._address, self._row_of, self._table)
+        return list(sums_of(kernel, len(level.reductions), tables, self._size, self._weight).T)
+
+    def _take(self, names: Sequence[str], *, last: bool = False) -> None:
+        assert self._made is not None
+        assert self._made.stages is not None
+        stages = self._made.stages
+        with np.errstate(all="ignore"):
+            for name in names:
+                self._table[:, stages.scalars.index(name)] = self._values(stages.between[name])
+            if last:
+                for letter, node in stages.numbers.items():
+                    self._new[:, self._scalar_names.index(self._rule.number_states[letter])] = self._values(node)
+
+    def _over_tensors(self, numbers: Any) -> float:
+        return math.fsum(np.broadcast_to(numbers, len(self.params))[self.active].tolist())
+
+    def _here(self, number: Any) -> Any:
+        return float(number)
 
     def _run(self, kernel: int) -> None:
         tables = (self._address, self._row_of, self._table, self._streams)
@@ -268,22 +398,46 @@ def weights(size: Array, active: Array) -> Array:
     return result
 
 
-def sum_of(formula: Formula, layout: Layout, address: Array, size: Array, weight: Array) -> float:
-    """The sum of a formula's value over all elements of tensors on the CPU.
+@cache
+def _square_kernel(dtype: torch.dtype) -> int:
+    return numba.kernel_address(
+        "squares", sum_source("Squares of gradients", SQUARE, {"g": Storage(dtype)}, value="float64")
+    )
+
+
+def square_sum(dtype: torch.dtype, address: Array, size: Array, weight: Array) -> float:
+    """The sum of the squares of all elements of tensors on the CPU.
 
     Args:
-        formula: with one output, of roles of the layout.
-        layout: the storage of each role.
-        address: [tensor, column] data pointers.
+        dtype: of the tensors.
+        address: their data pointers.
+        size: elements of each.
+        weight: what `weights` returned.
+    """
+    nothing = np.zeros(1)
+    tables = (np.ascontiguousarray(address), nothing, nothing)
+    return math.fsum(sums_of(_square_kernel(dtype), 1, tables, size, weight)[:, 0].tolist())
+
+
+def sums_of(kernel: int, count: int, tables: Sequence[Array], size: Array, weight: Array) -> Array:
+    """Sums over tensors on the CPU: [tensor, sum].
+
+    Args:
+        kernel: of `numba_kernel.sum_source`.
+        count: how many sums it finds.
+        tables: [tensor, column] data pointers, each tensor's row, and the rows of scalars.
         size: elements of each tensor.
         weight: what `weights` returned.
     """
     chunks = -(-size // CHUNK)
-    first, sums = np.cumsum(chunks) - chunks, np.zeros(int(chunks.sum()))
-    kernel = numba.kernel_address("sum", sum_source("a sum over all elements", formula, layout))
-    context = np.array([table.ctypes.data for table in (address, sums, first)], np.int64)
+    first, sums = np.cumsum(chunks) - chunks, np.zeros((int(chunks.sum()), count))
+    context = np.array([table.ctypes.data for table in (*tables, sums, first)], np.int64)
     numba.sweep(numba.parts(int(size.sum())), kernel, context.ctypes.data, size, weight)
-    return float(sums.sum())
+    result = np.zeros((len(size), count))
+    there = chunks > 0
+    if there.any():
+        result[there] = np.add.reduceat(sums, first[there], axis=0)
+    return result
 
 
 def _resolve(grads: list[torch.Tensor | None], which: Iterable[int]) -> bool:

@@ -15,6 +15,7 @@ from schuss.engine.pieces import Pieces, apply
 from schuss.engine.reference import computed_in
 from schuss.engine.state import Cell, real_view
 from schuss.formula import Operand
+from schuss.rule import Rule
 
 _FOREACH: dict[str, Callable[..., Any]] = {
     "add": torch._foreach_add,
@@ -51,6 +52,10 @@ _ONE_BY_ONE: dict[str, Callable[..., Any]] = {
     "maximum": formula.maximum,
     "minimum": formula.minimum,
     "lerp": formula.lerp,
+    "dot": formula.dot,
+    "total": formula.total,
+    "row_mean": formula.row_mean,
+    "column_mean": formula.column_mean,
 }
 
 
@@ -82,7 +87,10 @@ class Stack(Operand):
 def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
     stacks = [arg for arg in args if isinstance(arg, Stack)]
     count = len(stacks[0].tensors) if stacks else len(next(a for a in args if isinstance(a, Numbers)).values)
-    dtype = stacks[0].dtype if stacks else torch.float64
+    # A sum is one float64 number for its tensor: what it is computed with keeps its dtype.
+    dtype = min((stack.dtype for stack in stacks), key=lambda kind: kind.itemsize, default=torch.float64)
+    if word == "size":
+        return Numbers([float(tensor.numel()) for tensor in stacks[0].tensors])
     if word in _UNARY and stacks:
         return Stack(_UNARY[word](stacks[0].tensors), dtype)
     if word in _FOREACH and stacks and args[0] is stacks[0]:
@@ -103,6 +111,8 @@ def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
         return Stack([_where(dtype, *row) for row in rows], dtype)
     with np.errstate(all="ignore"):
         results = [_ONE_BY_ONE[word](*row) for row in rows]
+    if word in ("dot", "total"):
+        dtype = torch.float64
     return Stack(results, dtype) if stacks else Numbers(results)
 
 
@@ -121,29 +131,26 @@ def _where(dtype: torch.dtype, condition: Any, yes: Any, no: Any) -> torch.Tenso
 
 
 def update(
-    rule: Callable[..., Any],
+    rule: Rule,
     pieces: Pieces,
     params: Sequence[Cell],
     grads: Sequence[torch.Tensor],
     states: Mapping[str, Sequence[Cell] | None],
     scalars: Mapping[str, Sequence[float]],
     flags: Mapping[str, bool],
-) -> None:
-    """Write the new parameters and states of tensors of one device that are stored alike."""
+) -> dict[str, list[Any]]:
+    """Write the new parameters and states of tensors of one device that are stored alike; returns the new numbers."""
     there = {"p": params, **{n: s for n, s in states.items() if s is not None}}
     dtype = computed_in([grads[0], *(cells[0].values for cells in there.values())])
 
     def wide(cells: Sequence[Cell]) -> Stack:
         return Stack([cell.read(dtype) for cell in cells], dtype)
 
-    new = apply(
-        rule,
-        pieces,
-        wide(params),
-        Stack([real_view(g).to(dtype) for g in grads], dtype),
-        {n: None if s is None else wide(s) for n, s in states.items()},
-        {n: Numbers(v) for n, v in scalars.items()} | dict(flags),
-    )
+    others: dict[str, Any] = {n: Numbers(v) for n, v in scalars.items()}
+    stacks: dict[str, Any] = {n: None if s is None else wide(s) for n, s in states.items()}
+    stacks |= {letter: others[letter] for letter in rule.number_states}
+    gradients = Stack([real_view(g).to(dtype) for g in grads], dtype)
+    new = apply(rule.formula, pieces, wide(params), gradients, stacks, others | dict(flags))
     for name, cells in there.items():
         result = new[name]
         if not isinstance(result, Stack):  # the same number for all elements
@@ -155,3 +162,4 @@ def update(
             continue
         for cell, value in zip(cells, result.tensors, strict=True):
             cell.write(value)
+    return {n: v.tensors if isinstance(v := new[n], Stack) else v.values for n in rule.number_states}

@@ -7,6 +7,7 @@ captured it computes new ones each time it is replayed.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,8 @@ import torch
 from schuss.engine import triton
 from schuss.engine.bucket import SQUARE, Array, Bucket, Step
 from schuss.engine.process import uninterrupted
-from schuss.engine.storage import Layout, compute_dtype
+from schuss.engine.stages import Level, Sums, Values
+from schuss.engine.storage import Layout, Storage, compute_dtype
 from schuss.engine.trace import Formula
 from schuss.rule import Rule
 
@@ -47,6 +49,8 @@ class GpuBucket(Bucket):
         self._captured = optimizer._captured
         self._static, self._moving, self._addresses = (Tables(device, self._captured) for _ in range(3))
         self._numbers, self._index, self._marked = (Tables(device, self._captured) for _ in range(3))
+        self._hosts, self._ends = (Tables(device, self._captured) for _ in range(2))
+        self._known: dict[str, torch.Tensor] = {}
         self._factor: torch.Tensor | None = None
         self._skip: torch.Tensor | None = None
         self._columns: dict[str, Any] = {}
@@ -70,18 +74,74 @@ class GpuBucket(Bucket):
                 self._plan_sizes()
             if self._updated:
                 self._finish_on_device(step)
-        self._factor, self._skip = self._here(step.factor), self._here(step.skip)
-        if self._factor is not None:
-            self._factor = self._factor.to(compute_dtype(self._layout))
+        self._factor = None if step.factor is None else self._here(step.factor).to(compute_dtype(self._layout))
+        self._skip = None if step.skip is None else self._here(step.skip)
         self.hyper_changed = False
+        if self._is_staged and self._updated:
+            self._start_stages()
 
-    def _here(self, number: torch.Tensor | None) -> torch.Tensor | None:
-        return None if number is None else number.to(self.params[0].device, non_blocking=True)
+    def _here(self, number: Any) -> torch.Tensor:
+        return torch.as_tensor(number).to(self.params[0].device, non_blocking=True)
 
     def _square_sum(self) -> torch.Tensor:
-        source = triton.sum_source("the sum of squared gradients", SQUARE, self._layout)
-        (addresses,) = self._addresses.put(self._address)
-        return triton.run_sum(triton.load("square", source), len(self._work), self._work, self._sizes, addresses).sum()
+        (addresses,) = self._addresses.put(np.ascontiguousarray(self._address[:, 1]))
+        kernel = _square_kernel(self._layout["g"].dtype)
+        return triton.run_sums(kernel, 1, len(self._work), self._work, self._sizes, addresses).sum()
+
+    # --- passes that find sums --------------------------------------------------------------------------------------
+
+    def _compile_sums(self, sums: Sums) -> Any:
+        return triton.load("sum", triton.sum_source(f"Sums of {self._title}", sums, self._layout))
+
+    def _start_stages(self) -> None:
+        """Bring to the device what is known before the first pass."""
+        assert self._made is not None
+        assert self._made.stages is not None
+        stages, dtype = self._made.stages, compute_dtype(self._layout)
+        if not self.on_device:
+            numbers, numel = self._hosts.put(np.array(list(self._scalars.values())), self._numel)
+            known: dict[str, Any] = dict(zip(self._scalars, numbers, strict=True))
+            missing = len(stages.between)
+            table = [numbers.T, numbers.new_zeros(numbers.shape[1], missing)]
+            self._device_table = torch.cat(table, dim=1).to(dtype)
+        else:
+            (numel,) = self._hosts.put(self._numel[self.active])
+            known = self._known
+        self._found, self._values = 0, Values(known)
+        self._values.known |= dict.fromkeys(stages.sizes, numel.to(torch.float64))
+
+    @torch.no_grad()
+    def _sum(self, level: Level, kernel: Any) -> list[torch.Tensor]:
+        addresses, row_of = self._moving.put(self._address, self._row_of)
+        count = len(level.reductions)
+        sums = triton.run_sums(
+            kernel, count, len(self._work), self._work, self._sizes, addresses, row_of, self._device_table, self._factor
+        )
+        chunks = -(-self._size // triton.CHUNK)
+        if self.on_device:
+            chunks = chunks[self.active]
+        (ends,) = self._ends.put(np.cumsum(chunks))
+        return list(triton.add_up(sums, ends).T)
+
+    @torch.no_grad()
+    def _take(self, names: Sequence[str], *, last: bool = False) -> None:
+        assert self._made is not None
+        assert self._made.stages is not None
+        stages = self._made.stages
+        for name in names:
+            self._device_table[:, stages.scalars.index(name)] = self._values(stages.between[name])
+        if last:
+            for letter, node in stages.numbers.items():
+                k = list(self._rule.scalar_states).index(self._rule.number_states[letter])
+                self._new_numbers[k] = self._column(self._values(node), len(self._updated))
+
+    def _over_tensors(self, numbers: Any) -> torch.Tensor:
+        if not isinstance(numbers, torch.Tensor) or not numbers.dim():
+            return self._column(numbers, len(self._updated)).sum()
+        values: torch.Tensor = numbers
+        if not self.on_device:
+            values = values[self._index.put(np.flatnonzero(self.active))[0]]
+        return values.sum()
 
     def _plan_sizes(self) -> None:
         super()._plan_sizes()
@@ -95,13 +155,17 @@ class GpuBucket(Bucket):
         if self.on_device:
             self._row_of[self.active] = np.arange(len(self._updated))
             self._columns = {}
+            self._numbers_of_tensors = [
+                [kept[name] for kept, active in zip(self._kept, self.active, strict=True) if active]
+                for name in self._rule.scalar_states
+            ]
 
     def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> Any:
         source = triton.kernel_source(self._title, formula, scalars, self._layout)
         return triton.load(self._rule.owner.lower(), source)
 
     def _run(self, kernel: Any) -> None:
-        if self.on_device:
+        if self.on_device or self._is_staged:
             addresses, row_of = self._moving.put(self._address, self._row_of)
             table = self._device_table
         else:
@@ -123,17 +187,13 @@ class GpuBucket(Bucket):
         rule = self._rule
         if self.hyper_changed or not self._columns or step.live:
             self._columns = self._columns_on_device(step)
-        if self.pieces_changed or self._kernel is None or step.gain is not self._last_gain:
+        if self.pieces_changed or self._made is None or step.gain is not self._last_gain:
             known = rule.unpack(step.hyper[self._groups].T)
             gain = step.gain if isinstance(step.gain, float) else np.nan
             pieces = rule.pieces(known, gain)
-            if self._kernel is None or self._kernel[0] != pieces:
-                self._kernel = (pieces, *self._kernel_of(pieces))
+            if self._made is None or self._made.pieces != pieces:
+                self._made = self._make(pieces)
             self.pieces_changed, self._last_gain = False, step.gain
-        self._numbers_of_tensors = [
-            [kept[name] for kept, active in zip(self._kept, self.active, strict=True) if active]
-            for name in rule.scalar_states
-        ]
         kept = {
             name: torch.stack(numbers).to(torch.float64)
             for name, numbers in zip(rule.scalar_states, self._numbers_of_tensors, strict=True)
@@ -143,9 +203,13 @@ class GpuBucket(Bucket):
                 (self._first,) = self._marked.put(self._marks)
             (self._updated_there,) = self._index.put(np.flatnonzero(self.active))
             kept["first"] = self._first[self._updated_there] != 0
-        scalars = rule.finish(self._columns, kept, step.gain, needed=self._kernel[2])
+        names, stages = self._made.scalars, self._made.stages
+        scalars = rule.finish(self._columns, kept, step.gain, needed=names)
         count, dtype = len(self._updated), compute_dtype(self._layout)
-        columns = [self._column(scalars[name], count) for name in self._kernel[2]]
+        columns = [self._column(scalars[name], count) for name in names]
+        self._known = dict(zip(names, columns, strict=True))
+        if stages is not None:
+            columns += [torch.zeros_like(columns[0])] * len(stages.between)
         self._device_table = torch.stack(columns, dim=1).to(dtype) if columns else self._work.new_empty(0)
         self._new_numbers = [self._column(scalars[name], count) for name in rule.scalar_states]
 
@@ -175,6 +239,12 @@ class GpuBucket(Bucket):
             torch._foreach_copy_(numbers, list(new.to(numbers[0].dtype).unbind()))
         if self._first is not None:  # a step that was skipped was not the first
             self._first[self._updated_there] *= 0.0 if self._skip is None else self._skip != 0
+
+
+@cache
+def _square_kernel(dtype: torch.dtype) -> Any:
+    source = triton.sum_source("Squares of gradients", SQUARE, {"g": Storage(dtype)}, value="float64")
+    return triton.load("squares", source)
 
 
 class Tables:

@@ -3,16 +3,17 @@
 import builtins
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 import torch
 
+from schuss.engine.stages import Sums
 from schuss.engine.storage import BLOCK, MAPS, Layout, Storage, compute_dtype, slots, traced
 from schuss.engine.text import call, dtype_name, indented, safe_names
-from schuss.engine.trace import Formula, to_source
+from schuss.engine.trace import Formula, to_source, used
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     value = dtype_name(compute_dtype(layout))
     names = safe_names([*layout, *scalars], _taken())
 
-    def constant(number: float) -> str:
-        return f"{value}({number!r})" if math.isfinite(number) else f"{value}(float('{number}'))"
-
-    lines, new = to_source(formula, call, constant, names)
+    lines, new = to_source(formula, call, _constants(value), names)
     maps = list(dict.fromkeys(s.dtype for s in layout.values() if s.blockwise))
     begin, count = ("block", "n") if maps else ("start", "count")
     role = _Role(names, value, begin, count)
@@ -84,10 +82,9 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     if encodes:
         body += [*scales, f"for i in range({count}):", *indented(encodes)]
     if maps:
-        header = (f"for block in range(start, start + count, {BLOCK}):", f"    n = min({BLOCK}, start + count - block)")
-        body = [*header, *indented(body)]
+        body = [*_BLOCKS, *indented(body)]
     table = ", ".join(f"{names[letter]}: {storage}" for letter, storage in layout.items())
-    width, integers = compute_dtype(layout).itemsize, ", int8, int32, int64, uint8" if maps else ", int32, int64"
+    integers = ", int8, int32, int64, uint8" if maps else ", int32, int64"
     return "".join(
         f"{line}\n"
         for line in (
@@ -105,8 +102,8 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
                 [
                     f"tables = carray(pointer(context, int64), ({3 + streams},))",
                     f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
-                    "row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])",
-                    f"scalar = carray(pointer(tables[2] + row * {width * len(scalars)}, {value}), ({len(scalars)},))",
+                    _ROW,
+                    _scalars(value, len(scalars)),
                     *once,
                     *body,
                 ]
@@ -115,48 +112,85 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     )
 
 
-def sum_source(title: str, formula: Formula, layout: Layout) -> str:
-    """The text of a kernel that sums the value of a formula over a stretch of a tensor, in float64.
+def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None) -> str:
+    """The text of a kernel that sums the values of formulas over a stretch of a tensor, in float64.
 
     Args:
         title: what the kernel is, for its reader.
-        formula: with one output; it may read any role of the layout, and no scalars.
+        sums: what is summed.
         layout: the storage of each role of the table of addresses.
+        value: the dtype that the formulas are computed in; None: as the rule.
     """
-    names = safe_names(list(layout), _taken())
-    lines, new = to_source(formula, call, lambda number: f"float64({number!r})", names)
-    role = _Role(names, "float64", "start", "count")
+    value = value or dtype_name(compute_dtype(layout))
+    formula, scalars = sums.formula, sums.scalars
+    names = safe_names([*layout, *scalars], _taken())
+    lines, new = to_source(formula, call, _constants(value), names)
     columns = slots(layout)
-    read = [(k, letter, part) for k, (letter, part) in enumerate(columns) if letter in formula.inputs]
-    (value,) = new.values()
+    letters = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
+    read = [(k, letter, part) for k, (letter, part) in enumerate(columns) if letter in letters]
+    maps = list(
+        dict.fromkeys(layout[letter].dtype for letter in layout if letter in letters if layout[letter].blockwise)
+    )
+    totals = [f"sum{k}_" for k in range(len(sums.terms))]
+    products = [" * ".join(f"float64({new[output]})" for output in term) for term in sums.terms]
+    adds = [f"{total} = add_in_any_order({total}, {product})" for total, product in zip(totals, products, strict=True)]
+    begin, count = ("block", "n") if maps else ("start", "count")
+    role = _Role(names, value, begin, count)
+    body = [
+        *(role.array(k, letter, part, layout[letter]) for k, letter, part in read),
+        *(f"{names[letter]}_scale = {names[letter]}_absmax[0]" for _, letter, part in read if part == "absmax"),
+        f"for i in range({count}):",
+        *indented([*(role.load(letter, layout[letter]) for letter in layout if letter in letters), *lines, *adds]),
+    ]
+    if maps:
+        body = [*_BLOCKS, *indented(body)]
+    wanted = [(i, name) for i, name in enumerate(scalars) if name in letters]
     return "".join(
         f"{line}\n"
         for line in (
             f'"""{title}\n',
-            f"A sum over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in formula.inputs)}, in float64.",
-            f"context: addresses of the table of data pointers [tensor, {len(columns)}], of all chunks' sums, and of",
-            'each tensor\'s first chunk.\n"""\n',
+            f"Sums over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in layout if letter in letters)}; "
+            f"computed in {value}, summed in float64.",
+            f"context: addresses of the table of data pointers [tensor, {len(columns)}], of each tensor's row, of the",
+            f'rows of scalars ({", ".join(scalars)}), of all chunks\' sums, and of each tensor\'s first chunk.\n"""\n',
             "import numpy as np",
-            "from numba import carray, cfunc, float32, float64, int64, uint16, void\n",
+            "from numba import carray, cfunc, float32, float64, int8, int32, int64, uint8, uint16, void\n",
             f"from schuss.engine.native import *  # digest {native_digest()}\n\n",
-            "# Terms may be added in any order, and so as vectors; a chunk's sum is the same whoever adds it.",
-            '@cfunc(void(int64, int64, int64, int64), cache=True, error_model="numpy", fastmath={"reassoc"})',
+            *(line for dtype in maps for line in _conversions(dtype)),
+            '@cfunc(void(int64, int64, int64, int64), cache=True, error_model="numpy")',
             "def kernel(context, tensor, start, count):",
             *indented(
                 [
-                    "tables = carray(pointer(context, int64), (3,))",
+                    "tables = carray(pointer(context, int64), (5,))",
                     f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
-                    "first = carray(pointer(tables[2] + tensor * 8, int64), (1,))[0]",
-                    *(role.array(k, letter, part, layout[letter]) for k, letter, part in read),
-                    "total = float64(0)",
-                    "for i in range(count):",
-                    *indented([*(role.load(letter, layout[letter]) for letter in formula.inputs), *lines]),
-                    f"    total += {value}",
-                    f"carray(pointer(tables[1] + (first + start // {CHUNK}) * 8, float64), (1,))[0] = total",
+                    "first = carray(pointer(tables[4] + tensor * 8, int64), (1,))[0]",
+                    *([_ROW, _scalars(value, len(scalars))] if wanted else []),
+                    *(f"{names[name]} = scalar[{i}]" for i, name in wanted),
+                    *(f"{total} = float64(0)" for total in totals),
+                    *body,
+                    f"sums = carray(pointer(tables[3] + (first + start // {CHUNK}) * {8 * len(totals)}, float64), "
+                    f"({len(totals)},))",
+                    *(f"sums[{k}] = {total}" for k, total in enumerate(totals)),
                 ]
             ),
         )
     )
+
+
+_BLOCKS = (f"for block in range(start, start + count, {BLOCK}):", f"    n = min({BLOCK}, start + count - block)")
+"""The loop over the blocks of 8-bit codes of a stretch."""
+
+_ROW = "row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])"
+
+
+def _scalars(value: str, count: int) -> str:
+    """The statement that finds a tensor's row of scalars."""
+    return f"scalar = carray(pointer(tables[2] + row * {int(value[-2:]) // 8 * count}, {value}), ({count},))"
+
+
+def _constants(value: str) -> Callable[[float], str]:
+    """What writes a number in the dtype that a kernel computes in."""
+    return lambda number: f"{value}({number!r})" if math.isfinite(number) else f"{value}(float('{number}'))"
 
 
 @dataclass(frozen=True)
@@ -243,7 +277,7 @@ def _taken() -> set[str]:
     """The names that a kernel's text has for itself."""
     from schuss.engine import native
 
-    own = "kernel context tensor start count tables at row scalar i block n stream key0 key1 first total"
+    own = "kernel context tensor start count tables at row scalar i block n stream key0 key1 first sums"
     words = {f"{word}_{dtype_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
     numbers = {"int8", "int32", "int64", "uint8", "uint16", "float32", "float64"}
     return {*own.split(), "cfunc", "carray", "void", "np", *words, *numbers, *dir(native), *dir(builtins)}

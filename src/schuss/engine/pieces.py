@@ -5,13 +5,15 @@ the rule's own, with a neutral value for the tensors that do not use it; a piece
 left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from schuss.engine.trace import Expr, Formula, Graph, parameters
-from schuss.formula import clamp, lerp, where
+from schuss.formula import clamp, lerp, maximum, mean, where
 
+SMALLEST_SHARE = 1e-3
+"""Of elements that go, by which the steps of a cautious update are divided."""
 EMA = "ema"
 """The letter, and the name, of the state that averages the parameter."""
 
@@ -30,6 +32,10 @@ class Pieces:
     """No tensor has weight_decay 0; where one has, infinite parameters must not turn its gradient into NaN."""
     decay: bool = False
     """p is multiplied by 1 - lr * weight_decay before the rule: decoupled weight decay."""
+    cautious: bool = False
+    """Elements whose step would not go against their gradient stay; the others' steps grow as the share that goes."""
+    cautious_decay: bool = False
+    """Elements whose step leads away from zero do not decay, where weight decay is decoupled."""
     ema: bool = False
     """The state "ema" moves towards the new p by ema_weight."""
 
@@ -58,7 +64,7 @@ def apply(
 
     Args:
         rule: the formula.
-        pieces: what is composed before it.
+        pieces: what is composed with it.
         p, g: parameter and gradient.
         states: the states by the rule's letter; None for one that does not exist.
         others: scalars and flags by name.
@@ -67,9 +73,11 @@ def apply(
         g = g * others["gain"]
     if pieces.clip_value:
         g = clamp(g, -others["clip_value"], others["clip_value"])
+    gradient = g
     if pieces.l2:
         decayed = g + others["weight_decay"] * p
         g = decayed if pieces.l2_everywhere else where(others["weight_decay"] != 0, decayed, g)
+    undecayed = p
     if pieces.decay:
         p = others["decay"] * p
     names = parameters(rule)[2:]
@@ -80,6 +88,11 @@ def apply(
         raise TypeError(
             f"{rule.__qualname__} must return the new {', '.join(['p', *letters])}, got {1 + len(new_states)} values"
         )
+    if pieces.cautious:
+        aligned = where((p - new_p) * gradient > 0, 1.0, 0.0)
+        new_p = p - (p - new_p) * (aligned / maximum(mean(aligned), SMALLEST_SHARE))
+    if pieces.cautious_decay:
+        new_p = where((p - new_p) * undecayed >= 0, new_p, new_p + (undecayed - p))
     result = {"p": new_p} | {n: new for n, new in zip(letters, new_states, strict=True) if states[n] is not None}
     if pieces.ema:
         result[EMA] = lerp(states[EMA], new_p, others["ema_weight"])
@@ -91,6 +104,7 @@ def trace(
     pieces: Pieces,
     states: Mapping[str, bool],
     flags: Mapping[str, bool],
+    numbers: Collection[str] = (),
 ) -> tuple[Formula, tuple[str, ...]]:
     """The formula of a rule with its pieces, and the names of the scalars that it reads, in order.
 
@@ -99,12 +113,13 @@ def trace(
         pieces: what is composed before it.
         states: the letters of all its states, and whether each exists.
         flags: Python booleans that choose between forms of the rule.
+        numbers: the letters of states that are one number for a tensor; a formula reads them as scalars.
     """
     graph = Graph()
-    own = [n for n in parameters(rule)[2:] if n not in states and n not in flags]
+    own = [n for n in parameters(rule)[2:] if (n not in states or n in numbers) and n not in flags]
     scalars = (*pieces.scalars, *(n for n in own if n not in pieces.scalars))
     symbols = {n: graph.name(n) for n in scalars}
     present = {n: graph.name(n) if there else None for n, there in states.items()}
     new = apply(rule, pieces, graph.name("p"), graph.name("g"), present, symbols | dict(flags))
     outputs = {n: value if isinstance(value, Expr) else graph.constant(value) for n, value in new.items()}
-    return Formula(("p", "g", *(n for n, there in states.items() if there)), outputs), scalars
+    return Formula(("p", "g", *(n for n, there in states.items() if there and n not in numbers)), outputs), scalars

@@ -4,7 +4,8 @@ It knows for each tensor its back end, its row of addresses and its row of scala
 is there, computes the few numbers that changed, and launches one kernel for all tensors of a dtype.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -48,6 +49,22 @@ class Entry:
     def traffic_bytes(self) -> int:
         """Bytes that a step must move: p and state read and written, the gradient read."""
         return 3 * self.p.numel() * self.p.element_size() + 2 * self.state_bytes
+
+
+@dataclass(frozen=True)
+class _Eager:
+    """The step of a tensor that is not for kernels.
+
+    Args:
+        entry, g, pieces, scalars: what is computed.
+        update: by eager torch on its own; None: in a list.
+    """
+
+    entry: Entry
+    g: torch.Tensor
+    pieces: Pieces
+    scalars: Mapping[str, Any]
+    update: reference.Update | None = None
 
 
 class Plan:
@@ -102,7 +119,7 @@ class Plan:
             elif e.route.backend not in ("numba", "triton"):
                 self._eager.append(e)
             elif made is not None:
-                kept, capturable = kept_by(optimizer, e.p), bool(groups[e.group].get("capturable"))
+                kept, capturable = kept_by(optimizer, e.p), self._counts_on_device(optimizer, e)
                 if capturable:
                     optimizer._place_scalars(e.p)
                 scalars = tuple((kept[name].dtype, kept[name].device) for name in rule.scalar_states)
@@ -169,11 +186,15 @@ class Plan:
         from schuss.engine.gpu import GpuBucket
 
         numbers = [kept_by(optimizer, e.p)[name] for name in rule.scalar_states]
-        capturable = bool(optimizer.param_groups[e.group].get("capturable"))
-        on_device = capturable or any(number.device.type != "cpu" for number in numbers)
+        on_device = self._counts_on_device(optimizer, e) or any(number.device.type != "cpu" for number in numbers)
         return GpuBucket(
             rule, optimizer, entries, layout, fresh, on_device=on_device or (not numbers and bool(self._on_device))
         )
+
+    def _counts_on_device(self, optimizer: "Optimizer", e: Entry) -> bool:
+        """Whether a parameter's numbers are to be where it is: where the host must not, or need not, know them."""
+        capturable = bool(optimizer.param_groups[e.group].get("capturable"))
+        return e.route.backend == "triton" and (capturable or bool(self._rule.number_states))
 
     def _find_on_device(self, groups: Sequence[dict[str, Any]]) -> dict[int, list[torch.Tensor | None]]:
         """Column -> each group's hyperparameter that is a tensor on a device."""
@@ -244,8 +265,8 @@ class Plan:
             return False
         options, factor = optimizer._options, None
         if options.max_norm is not None:
-            eager = [e.p.grad for e in self._eager if e.p.grad is not None]
-            clipped = clip(options, self._buckets, eager, gain)
+            rest = [e.p.grad for e in self._eager if e.p.grad is not None]
+            clipped = clip(options, self._buckets, rest, gain)
             optimizer.last_grad_norm, gain, factor = clipped.norm, clipped.gain, clipped.factor
             refuse(self._rule.owner, options, clipped.known)
             if clipped.broken is not None:
@@ -261,10 +282,14 @@ class Plan:
             else:
                 hyper = self._hyper if bucket.on_device else here
                 bucket.prepare(Step(hyper, self._on_device, gain, factor, skip))
+        eager = self._eager_updates(optimizer, here, bounds.number(host_gain)) if self._eager else []
+        sharing: list[Bucket | reference.Update] = [*self._buckets]
+        sharing += [one.update for one in eager if one.update is not None]
+        for k in range(max((unit.sums_everywhere for unit in sharing), default=0)):
+            _sum_everywhere([unit for unit in sharing if unit.sums_everywhere], k)
         for bucket in self._buckets:
             bucket.launch()
-        if self._eager:
-            self._run_eager(optimizer, here, bounds.number(host_gain))
+        self._run_eager(optimizer, eager)
         return True
 
     def _read_device(self) -> np.ndarray[Any, Any]:
@@ -292,10 +317,9 @@ class Plan:
                     return False
         return True
 
-    def _run_eager(self, optimizer: "Optimizer", hyper_of: np.ndarray[Any, Any], gain: float) -> None:
-        """Update the tensors that are not for kernels, one by one or as lists."""
-        rule = self._rule
-        lists: dict[Any, list[tuple[Entry, torch.Tensor, dict[str, Any]]]] = {}
+    def _eager_updates(self, optimizer: "Optimizer", hyper_of: np.ndarray[Any, Any], gain: float) -> list["_Eager"]:
+        """The updates of the tensors that are not for kernels; nothing is updated yet."""
+        rule, updates = self._rule, []
         finished: dict[Any, tuple[Pieces, dict[str, Any]]] = {}  # scalars of tensors that have stepped alike
         for e in self._eager:
             if (g := e.p.grad) is None:
@@ -316,42 +340,78 @@ class Plan:
                     scalars = rule.finish(hyper, before, gain, needed=rule.trace(e.variant, pieces)[1])
                     finished[row] = pieces, {n: _item(v) for n, v in scalars.items()}
             pieces, scalars = finished[row]
-            if e.route.backend == "foreach":
-                key = (e.variant, tuple(self._layout(optimizer, e).items()), e.p.device, pieces)
-                lists.setdefault(key, []).append((e, g, scalars))
+            if e.route.backend == "foreach" and not rule.sums_everywhere(e.variant):
+                updates.append(_Eager(e, g, pieces, scalars))
                 continue
             if g.layout != torch.strided and (optimizer.sparse_form(group) == "dense" or EMA in rule.states):
                 g = g.to_dense()  # a buffer, or an average, moves where there is no gradient, too
             names = rule.trace(e.variant, pieces)[1]
-            with torch.set_grad_enabled(differentiable):
-                reference.update(
-                    rule.formula, pieces, self._cell(optimizer, e, scalars), g, self._states(optimizer, e),
-                    {n: scalars[n] for n in names}, rule.chosen(e.variant), differentiable=differentiable,
-                )  # fmt: skip
-            self._write_scalars(e.p, kept, scalars)
+            cell, states = self._cell(optimizer, e, scalars), self._states(optimizer, e)
+            read = {n: scalars[n] for n in names}
+            update = reference.Update(rule, e.variant, pieces, cell, g, states, read, differentiable)
+            updates.append(_Eager(e, g, pieces, scalars, update))
+        return updates
+
+    def _run_eager(self, optimizer: "Optimizer", updates: Sequence["_Eager"]) -> None:
+        """Update the tensors that are not for kernels, one by one or as lists."""
+        rule = self._rule
+        lists: dict[Any, list[_Eager]] = {}
+        for one in updates:
+            e = one.entry
+            if one.update is None:
+                key = (e.variant, tuple(self._layout(optimizer, e).items()), e.p.device, one.pieces)
+                lists.setdefault(key, []).append(one)
+                continue
+            with torch.set_grad_enabled(one.update.differentiable):
+                self._write_scalars(e.p, kept_by(optimizer, e.p), one.scalars, one.update.finish())
         for (variant, _, _, pieces), members in lists.items():
-            entries, grads, scalars_of = zip(*members, strict=True)
+            entries = [one.entry for one in members]
             states: list[dict[str, Any]] = [self._states(optimizer, e) for e in entries]
-            cells = [self._cell(optimizer, e, scalars) for e, scalars in zip(entries, scalars_of, strict=True)]
+            cells = [self._cell(optimizer, one.entry, one.scalars) for one in members]
             with torch.no_grad():
-                foreach.update(
-                    rule.formula, pieces, cells, grads,
+                numbers = foreach.update(
+                    rule, pieces, cells, [one.g for one in members],
                     {n: [s[n] for s in states] if there else None for n, there in rule.letters(variant).items()},
-                    {n: [float(s[n]) for s in scalars_of] for n in rule.trace(variant, pieces)[1]},
+                    {n: [float(one.scalars[n]) for one in members] for n in rule.trace(variant, pieces)[1]},
                     rule.chosen(variant),
                 )  # fmt: skip
-            for e, scalars in zip(entries, scalars_of, strict=True):
-                self._write_scalars(e.p, kept_by(optimizer, e.p), scalars)
+            for k, one in enumerate(members):
+                new = {letter: values[k] for letter, values in numbers.items()}
+                self._write_scalars(one.entry.p, kept_by(optimizer, one.entry.p), one.scalars, new)
 
     @staticmethod
-    def _cell(optimizer: "Optimizer", e: Entry, scalars: dict[str, Any]) -> Cell:
+    def _cell(optimizer: "Optimizer", e: Entry, scalars: Mapping[str, Any]) -> Cell:
         return parameter_cell(optimizer, e.p, e.position, scalars.get("step", 0))
 
     @torch.no_grad()
-    def _write_scalars(self, p: torch.Tensor, kept: dict[str, Any], scalars: dict[str, Any]) -> None:
+    def _write_scalars(
+        self, p: torch.Tensor, kept: dict[str, Any], scalars: Mapping[str, Any], numbers: Mapping[str, Any]
+    ) -> None:
+        new = {**scalars, **{name: numbers[letter] for letter, name in self._rule.number_states.items()}}
         for name in self._rule.scalar_states:
-            kept[name].fill_(float(scalars[name]))
+            kept[name].fill_(float(new[name]))
         self._first.discard(id(p))
+
+
+def _sum_everywhere(units: "Sequence[Bucket | reference.Update]", k: int) -> None:
+    """Sum, over all tensors, what each has found in a pass."""
+    for unit in units:
+        if isinstance(unit, Bucket):
+            unit.find(k)
+    shares = list(zip(*(unit.share(k) for unit in units), strict=True))
+    device = next((s.device for share in shares for s in share if _on_device(s)), torch.device("cpu"))
+    sums: list[Any] = []
+    for share in shares:
+        if device.type == "cpu":
+            sums.append(math.fsum(map(float, share)))
+        else:
+            sums.append(torch.stack([torch.as_tensor(s, dtype=torch.float64).to(device) for s in share]).sum())
+    for unit in units:
+        unit.tell(k, sums)
+
+
+def _on_device(number: Any) -> bool:
+    return isinstance(number, torch.Tensor) and number.device.type != "cpu"
 
 
 def _item(value: Any) -> Any:

@@ -1,83 +1,130 @@
 """The reference back end: a rule run by eager torch on one tensor. The definition of correct, and the torch path."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from schuss.engine.pieces import Pieces, apply
+from schuss.engine.stages import Stages, Values, cut
 from schuss.engine.state import Cell, real_view
 from schuss.engine.storage import Storage, compute_dtype, real
+from schuss.rule import Rule, Variant
 
 
-def update(
-    rule: Callable[..., Any],
-    pieces: Pieces,
-    p: Cell,
-    g: torch.Tensor,
-    states: Mapping[str, Cell | None],
-    scalars: Mapping[str, Any],
-    flags: Mapping[str, bool],
-    *,
-    differentiable: bool = False,
-) -> None:
-    """Write the new parameter and states into their cells.
+@dataclass
+class Update:
+    """One tensor's step.
 
     Half types are computed in float32 and rounded once; complex tensors through their real view; of a sparse gradient
     only the rows that it has are touched.
+
+    Args:
+        rule, variant, pieces: what is computed.
+        p: the parameter.
+        g: its gradient.
+        states: its states by letter; None for one that does not exist.
+        scalars: by name.
+        differentiable: whether what is written keeps its graph.
     """
-    if g.layout != torch.strided:
-        _update_rows(rule, pieces, p, g.coalesce(), states, scalars, flags)
-        return
-    there = {"p": p, **{n: s for n, s in states.items() if s is not None}}
-    dtype = computed_in([g, *(cell.values for cell in there.values())])
 
-    def widen(cell: Cell) -> torch.Tensor:
-        # autograd keeps what it multiplies: it must be a copy where the original is about to be written
-        return cell.read(dtype).clone() if differentiable else cell.read(dtype)
+    rule: Rule
+    variant: Variant
+    pieces: Pieces
+    p: Cell
+    g: torch.Tensor
+    states: Mapping[str, Cell | None]
+    scalars: Mapping[str, Any]
+    differentiable: bool = False
 
-    # Scalars as tensors of the computation's dtype: they round, and promote, as in a kernel.
-    others: dict[str, Any] = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=dtype, device=g.device)
-        for name, value in scalars.items()
-    }
-    wide = {n: None if s is None else widen(s) for n, s in states.items()}
-    updated = apply(rule, pieces, widen(p), real_view(g).to(dtype), wide, others | dict(flags))
-    for name, value in updated.items():
-        there[name].write(value)
+    @property
+    def sums_everywhere(self) -> int:
+        """How many passes of kernels would be over before all sums over all tensors are known."""
+        return self._stages.sums_everywhere if self.rule.sums_everywhere(self.variant) else 0
+
+    def share(self, k: int) -> list[Any]:
+        """What the tensor gives to the sums over all tensors that follow a pass."""
+        return [self._values(node.args[0]) for node in self._stages.levels[k].everywhere]
+
+    def tell(self, k: int, sums: list[Any]) -> None:
+        """Take over the sums over all tensors."""
+        self._values.known |= zip(self._stages.levels[k].everywhere, sums, strict=True)
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Write the new parameter and states into their cells; returns the new numbers by letter."""
+        there = {"p": self.p, **{n: s for n, s in self.states.items() if s is not None}}
+        rows = None
+        if self.g.layout != torch.strided:
+            rows = _Rows(there, self.g.coalesce())
+            there = rows.parts
+        inputs, others = self._inputs(there, self.g if rows is None else rows.g)
+        if self.sums_everywhere:
+            new = {letter: self._values(node) for letter, node in self._formula[0]}
+        else:
+            flags = self.rule.chosen(self.variant)
+            states = {letter: inputs.get(letter) for letter in self.states}
+            states |= {letter: others[letter] for letter in self.rule.number_states}
+            new = apply(self.rule.formula, self.pieces, inputs["p"], inputs["g"], states, others | flags)
+        for letter, cell in there.items():
+            cell.write(new[letter])
+        if rows is not None:
+            rows.put_back()
+        return {letter: new[letter] for letter in self.rule.number_states}
+
+    def _inputs(self, cells: Mapping[str, Cell], g: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What is computed with: tensors in the computation's dtype, and numbers as tensors of it.
+
+        So the numbers round, and promote, as in a kernel.
+        """
+        dtype = computed_in([g, *(cell.values for cell in cells.values())])
+        inputs = {letter: cell.read(dtype) for letter, cell in cells.items()}
+        if self.differentiable:  # autograd keeps what it multiplies: it must be a copy of what is about to be written
+            inputs = {letter: value.clone() for letter, value in inputs.items()}
+        inputs["g"] = real_view(g).to(dtype)
+        return inputs, {
+            name: value.to(dtype)
+            if isinstance(value, torch.Tensor)
+            else torch.tensor(value, dtype=dtype, device=g.device)
+            for name, value in self.scalars.items()
+        }
+
+    @cached_property
+    def _formula(self) -> Any:
+        return self.rule.trace(self.variant, self.pieces)
+
+    @cached_property
+    def _stages(self) -> Stages:
+        return cut(*self._formula)
+
+    @cached_property
+    def _values(self) -> Values:
+        there = {"p": self.p, **{n: s for n, s in self.states.items() if s is not None}}
+        inputs, others = self._inputs(there, self.g)
+        return Values(inputs | others)
+
+
+class _Rows:
+    """The rows of a parameter and its states that a sparse gradient has.
+
+    Blocks are read and written whole; values that have not changed get the codes that they had.
+    """
+
+    def __init__(self, cells: Mapping[str, Cell], g: torch.Tensor) -> None:
+        self.g, self._index, self._cells = g.values(), tuple(g.indices()), cells
+        self._wholes = {n: c.values if c.is_plain else c.read(torch.float32) for n, c in cells.items()}
+        taken = {letter: whole[self._index] for letter, whole in self._wholes.items()}
+        self.parts = {letter: Cell(Storage(part.dtype), part) for letter, part in taken.items()}
+
+    def put_back(self) -> None:
+        """Write the rows to where they came from."""
+        for letter, whole in self._wholes.items():
+            whole.index_put_(self._index, self.parts[letter].values)
+            if not self._cells[letter].is_plain:
+                self._cells[letter].write(whole)
 
 
 def computed_in(tensors: list[torch.Tensor]) -> torch.dtype:
     """The dtype in which a rule computes on these tensors."""
     return compute_dtype({str(i): Storage(real(t.dtype)) for i, t in enumerate(tensors)})
-
-
-def _update_rows(
-    rule: Callable[..., Any],
-    pieces: Pieces,
-    p: Cell,
-    g: torch.Tensor,
-    states: Mapping[str, Cell | None],
-    scalars: Mapping[str, Any],
-    flags: Mapping[str, bool],
-) -> None:
-    rows = tuple(g.indices())
-    wholes: dict[str, tuple[Cell, torch.Tensor]] = {}
-
-    def part(name: str, cell: Cell) -> Cell:
-        # Blocks are read and written whole; values that have not changed get the codes that they had.
-        whole = cell.values if cell.is_plain else cell.read(torch.float32)
-        wholes[name] = (cell, whole)
-        taken = whole[rows]
-        return Cell(Storage(taken.dtype), taken)
-
-    of_p = part("p", p)
-    parts = {n: None if s is None else part(n, s) for n, s in states.items()}
-    update(rule, pieces, of_p, g.values(), parts, scalars, flags)
-    new = {"p": of_p, **parts}
-    for name, (cell, whole) in wholes.items():
-        taken = new[name]
-        assert taken is not None
-        whole.index_put_(rows, taken.values)
-        if not cell.is_plain:
-            cell.write(whole)

@@ -41,7 +41,7 @@ def check_gradient(optimizer: "Optimizer", name: str, p: torch.Tensor, g: torch.
                 f"{owner} does not support sparse gradients, and {name} has one; "
                 "use SGD, Adagrad or SparseAdam for it, or sparse=False in its layer"
             )
-        if group.get("weight_decay"):
+        if group.get("weight_decay") and not optimizer._rule.is_decoupled(group):
             raise RuntimeError(
                 f"{owner}: weight_decay option is not compatible with sparse gradients, and {name} has one"
             )

@@ -187,7 +187,7 @@ def slots(layout: Layout) -> list[tuple[str, str]]:
         columns.append((letter, "values"))
         if storage.blockwise:
             columns.append((letter, "absmax"))
-    if layout["p"].kahan:
+    if "p" in layout and layout["p"].kahan:
         columns.append(("p", "compensation"))
     return columns
 

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from schuss.engine import cache as code_cache
+from schuss.engine.stages import Sums
 from schuss.engine.storage import BLOCK, MAPS, Layout, Storage, compute_dtype, slots, traced
 from schuss.engine.text import call, dtype_name, indented, safe_names
-from schuss.engine.trace import Expr, Formula, to_source
+from schuss.engine.trace import Expr, Formula, to_source, used
 
 NUM_WARPS = 8
 CHUNK = BLOCK * NUM_WARPS
@@ -39,6 +40,8 @@ block of 8-bit codes per warp makes the search for its absmax an exchange betwee
 """
 TABLES = ("work", "sizes", "addresses", "row_of", "table", "streams", "factor", "skip")
 """What a kernel is launched with. It is compiled once, wherever in a buffer of the caller they begin."""
+SUM_TABLES = ("work", "sizes", "addresses", "row_of", "table", "sums", "factor")
+"""What a kernel that sums is launched with."""
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, "sanitize_overflow": False}
 """How kernels are compiled. Hashes overflow on purpose."""
 
@@ -83,12 +86,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
         if letter in new and new[letter] != names[letter]
         for line in _store(names[letter], storage, new[letter], value)
     ]
-    tile = ["i = tl.arange(0, TILE)"]
-    if blocks:
-        tile = ["block = tl.arange(0, TILE // BLOCK)", "i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]"]
-    tile += ["count = tl.minimum(size - start, TILE).to(tl.int32)", "inside = None if FULL else i < count"]
-    if blocks:
-        tile += ["blocks = None if FULL else block * BLOCK < count"]
+    tile = _tile(blocks)
     keys = ["key0", "key1"] if stochastic else []
     if stochastic:
         tile += ["random = random_bits(start + i, key0, key1)"]
@@ -97,7 +95,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     arguments = ["start", "size", *addresses, *(names[name] for name in scalars), *keys]
     stream = ["stream = tl.load(streams + tensor)"] if stochastic else []
     stream += [f"{key} = stream_key(stream >> {32 * k}, {names['step']})" for k, key in enumerate(keys)]
-    factor = ["if factor is not None:", f"    {names.get('gain')} *= tl.load(factor)"]
+    factor = ["if factor is not None:", f"    {names['gain']} *= tl.load(factor)"] if "gain" in scalars else []
     table = ", ".join(f"{names[letter]}: {storage}" for letter, storage in layout.items())
     return "".join(
         f"{line}\n"
@@ -129,7 +127,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
                     *(f"{name} = tl.load(column + {k})" for k, name in enumerate(addresses)),
                     f"row = table + tl.load(row_of + tensor).to(tl.int64) * {len(scalars)}",
                     *(f"{names[name]} = tl.load(row + {k})" for k, name in enumerate(scalars)),
-                    *(factor if "gain" in scalars else []),
+                    *factor,
                     *stream,
                     f"if (start + CHUNK <= size) & (({' | '.join(addresses)}) % 16 == 0):",
                     *indented(_wrapped("update(", [*arguments, "True", "CHUNK"], ")")),
@@ -144,44 +142,55 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     )
 
 
-def sum_source(title: str, formula: Formula, layout: Layout) -> str:
-    """The text of a kernel that sums the value of a formula over each chunk, in float64.
+def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None) -> str:
+    """The text of a kernel that sums the values of formulas over each chunk, in float64.
 
     Args:
         title: what the kernel is, for its reader.
-        formula: with one output; it may read any role of the layout, and no scalars.
+        sums: what is summed.
         layout: the storage of each role of the table of addresses.
+        value: the dtype that the formulas are computed in; None: as the rule.
     """
-    names = safe_names(list(layout), _taken(layout))
-    lines, new = to_source(_in_words(formula), call, lambda number: _constant("float64", number), names)
+    value = value or dtype_name(compute_dtype(layout))
+    formula, scalars = sums.formula, sums.scalars
+    names = safe_names([*layout, *scalars], _taken(layout))
+    lines, new = to_source(_in_words(formula), call, lambda number: _constant(value, number), names)
+    letters = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
     all_columns = [(letter, _Column(names[letter], part, layout[letter])) for letter, part in slots(layout)]
-    columns = [(k, column) for k, (letter, column) in enumerate(all_columns) if letter in formula.inputs]
-    (value,) = new.values()
+    columns = [(k, column) for k, (letter, column) in enumerate(all_columns) if letter in letters]
     addresses = [column.address for _, column in columns]
+    wanted = [(k, name) for k, name in enumerate(scalars) if name in letters]
+    arguments = ["sums", "start", "size", *addresses, *(names[name] for _, name in wanted)]
+    blocks = any(column.storage.blockwise for _, column in columns)
+    products = [" * ".join(f"({new[output]}).to(tl.float64)" for output in term) for term in sums.terms]
+    maps = dict.fromkeys(s.dtype for letter, s in layout.items() if letter in letters and s.blockwise)
+    scaled = any(name == "gain" for _, name in wanted)
+    factor = ["if factor is not None:", f"    {names['gain']} *= tl.load(factor)"] if scaled else []
     return "".join(
         f"{line}\n"
         for line in (
             f'"""{title}\n',
-            f"A sum over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in formula.inputs)}, in float64.",
+            f"Sums over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in layout if letter in letters)}; "
+            f"computed in {value}, summed in float64.",
             'A program sums the chunk of a tensor that its row of work names.\n"""\n',
             "import triton",
             "import triton.language as tl\n",
             f"from schuss.engine.triton_words import *  # digest {_words_digest()}\n\n",
+            *(line for dtype in maps for line in _conversions(dtype)),
             "@triton.jit",
-            f"def update(sums, start, size, {', '.join(addresses)}, FULL: tl.constexpr, TILE: tl.constexpr):",
+            *_wrapped("def update(", [*arguments, "FULL:\xa0tl.constexpr", "TILE:\xa0tl.constexpr"], "):"),
             *indented(
                 [
-                    "i = tl.arange(0, TILE)",
-                    "inside = None if FULL else start + i < size",
+                    *_tile(blocks),
                     *(column.pointer for _, column in columns),
-                    *(_load(names[letter], layout[letter], "float64") for letter in formula.inputs),
+                    *(_load(names[letter], layout[letter], value) for letter in layout if letter in letters),
                     *lines,
-                    f"total = {value} if FULL else tl.where(inside, {value}, 0)",
-                    "tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))",
+                    *(line for k, product in enumerate(products) for line in _sum(k, product, len(products), blocks)),
                 ]
             ),
-            f"\n\n@triton.jit(do_not_specialize_on_alignment={['work', 'sizes', 'addresses', 'sums']})",
-            "def kernel(work, sizes, addresses, sums, CHUNK: tl.constexpr):",
+            "\n",
+            *_wrapped("@triton.jit(do_not_specialize_on_alignment=[", list(map(repr, SUM_TABLES)), "])"),
+            f"def kernel({', '.join(SUM_TABLES)}, CHUNK: tl.constexpr):",
             *indented(
                 [
                     "at = work + 2 * tl.program_id(0)",
@@ -190,14 +199,36 @@ def sum_source(title: str, formula: Formula, layout: Layout) -> str:
                     "size = tl.load(sizes + tensor)",
                     f"column = addresses + tensor * {len(all_columns)}",
                     *(f"{column.address} = tl.load(column + {k})" for k, column in columns),
+                    *([f"row = table + tl.load(row_of + tensor).to(tl.int64) * {len(scalars)}"] if wanted else []),
+                    *(f"{names[name]} = tl.load(row + {k})" for k, name in wanted),
+                    *factor,
                     f"if (start + CHUNK <= size) & (({' | '.join(addresses)}) % 16 == 0):",
-                    f"    update(sums, start, size, {', '.join(addresses)}, True, CHUNK)",
+                    *indented(_wrapped("update(", [*arguments, "True", "CHUNK"], ")")),
                     "else:",
-                    f"    update(sums, start, size, {', '.join(addresses)}, False, CHUNK)",
+                    *indented(_wrapped("update(", [*arguments, "False", "CHUNK"], ")")),
                 ]
             ),
         )
     )
+
+
+def _tile(blocks: bool) -> list[str]:
+    """The indices of a tile's elements: in rows, one for each block of 8-bit codes, if there are such."""
+    lines = ["i = tl.arange(0, TILE)"]
+    if blocks:
+        lines = ["block = tl.arange(0, TILE // BLOCK)", "i = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]"]
+    lines += ["count = tl.minimum(size - start, TILE).to(tl.int32)", "inside = None if FULL else i < count"]
+    return [*lines, "blocks = None if FULL else block * BLOCK < count"] if blocks else lines
+
+
+def _sum(k: int, product: str, count: int, blocks: bool) -> list[str]:
+    """The statements that write sum number `k` of `count` of a tile."""
+    terms = f"sum{k}_" if not blocks else f"tl.sum(sum{k}_, axis=1)"
+    return [
+        f"sum{k}_ = {product}",
+        f"sum{k}_ = sum{k}_ if FULL else tl.where(inside, sum{k}_, 0)",
+        f"tl.store(sums + tl.program_id(0) * {count} + {k}, tl.sum({terms}, axis=0))",
+    ]
 
 
 @dataclass(frozen=True)
@@ -322,7 +353,7 @@ def _taken(layout: Layout) -> set[str]:
     """The names that a kernel's text has for itself."""
     own = (
         "kernel update work sizes addresses row_of table streams skip CHUNK FULL TILE at tensor start size column row "
-        "stream key0 key1 random end block i count inside blocks triton tl code share"
+        "stream key0 key1 random end block i count inside blocks factor sums triton tl code share"
     )
     words = {f"{word}_{dtype_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
     suffixes = ("at", "absmax_at", "rest_at", "absmax", "inverse", "rest", "bits", "new")
@@ -378,15 +409,42 @@ def run(
             kernel[(programs,)](work, sizes, addresses, row_of, table, streams, factor, skip, CHUNK=CHUNK, **OPTIONS)
 
 
-def run_sum(
-    kernel: Any, programs: int, work: torch.Tensor, sizes: torch.Tensor, addresses: torch.Tensor
+def run_sums(
+    kernel: Any,
+    count: int,
+    programs: int,
+    work: torch.Tensor,
+    sizes: torch.Tensor,
+    addresses: torch.Tensor,
+    row_of: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Launch a kernel of `sum_source`; returns float64 [programs], the sums of the chunks."""
-    sums = torch.empty(programs, dtype=torch.float64, device=work.device)
+    """Launch a kernel of `sum_source` that finds `count` sums; returns float64 [programs, count], those of the chunks.
+
+    The other arguments are as for `run`.
+    """
+    sums = torch.empty(programs, count, dtype=torch.float64, device=work.device)
     if programs:
         with torch.cuda.device_of(work), np.errstate(all="ignore"):
-            kernel[(programs,)](work, sizes, addresses, sums, CHUNK=CHUNK, **OPTIONS)
+            kernel[(programs,)](work, sizes, addresses, row_of, table, sums, factor, CHUNK=CHUNK, **OPTIONS)
     return sums
+
+
+def add_up(sums: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The sums of tensors from those of their chunks, in an order that does not change: [tensors, sums].
+
+    Args:
+        sums: [chunks, sums], the chunks of a tensor next to one another.
+        ends: [tensors]: where each one's chunks end.
+    """
+    result = torch.empty(len(ends), sums.shape[1], dtype=sums.dtype, device=sums.device)
+    if result.numel():
+        from schuss.engine import triton_words
+
+        with torch.cuda.device_of(sums), np.errstate(all="ignore"):
+            triton_words.add_up[tuple(result.shape)](sums, ends, result, sums.shape[1], TILE=1024, num_warps=4)
+    return result
 
 
 @cache

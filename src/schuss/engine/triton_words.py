@@ -225,3 +225,20 @@ def power_2(x):
 def power_4(x):
     """`storage.power_4`."""
     return ((tl.maximum(x.to(tl.int32, bitcast=True), ORIGIN_4) - ORIGIN_4) << 2).to(tl.float32, bitcast=True)
+
+
+# --- sums -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def add_up(sums, ends, result, count, TILE: tl.constexpr):
+    """The sum of a tensor's chunks: a program for each tensor and each of its `count` sums."""
+    tensor, which = tl.program_id(0), tl.program_id(1)
+    start = tl.load(ends + tensor - 1, tensor > 0, other=0)
+    end = tl.load(ends + tensor)
+    total = tl.zeros([TILE], tl.float64)
+    while start < end:
+        i = start + tl.arange(0, TILE)
+        total += tl.load(sums + i * count + which, i < end, other=0)
+        start += TILE
+    tl.store(result + tensor * tl.num_programs(1) + which, tl.sum(total, axis=0))

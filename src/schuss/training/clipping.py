@@ -9,9 +9,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from schuss.bounds import check
 from schuss.engine import numba
-from schuss.engine.bucket import SQUARE, sum_of, weights
+from schuss.engine.bucket import square_sum, weights
 from schuss.engine.route import is_dense
-from schuss.engine.storage import Storage
 
 __all__ = ["clip_grad_norm_"]
 
@@ -64,7 +63,7 @@ def _is_plain(g: torch.Tensor) -> bool:
         and g.device.type == "cpu"
         and g.layout == torch.strided
         and numba.supports(g.dtype.to_real())
-        and is_dense(g)
+        and (g.is_contiguous() or is_dense(g))
     )
 
 
@@ -72,8 +71,7 @@ def _norm(grads: list[torch.Tensor]) -> float:
     total = 0.0
     for dtype, members in groupby(sorted(grads, key=lambda g: str(g.dtype)), key=lambda g: g.dtype):
         tensors = list(members)
-        storage = Storage(dtype.to_real())
-        address = np.array([[0, g.data_ptr()] for g in tensors], np.int64)
+        address = np.array([g.data_ptr() for g in tensors], np.int64)
         size = np.array([g.numel() * (2 if g.is_complex() else 1) for g in tensors], np.int64)
-        total += sum_of(SQUARE, {"p": storage, "g": storage}, address, size, weights(size, size > 0))
+        total += square_sum(dtype.to_real(), address, size, weights(size, size > 0))
     return float(total**0.5)
