@@ -117,7 +117,7 @@ def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str
 
     for state in optimizer._rule.states.values():
         codes, absmax = f"{state.name}_codes", f"{state.name}_absmax"
-        check(state.name, p.shape)
+        check(state.name, state.shape(p))
         value = kept.get(state.name)
         if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"{owner}: {state.name!r} of {name} must be floating-point, got {value.dtype}")
@@ -148,7 +148,7 @@ def _stored(optimizer: "Optimizer", p: torch.Tensor, saved: Mapping[str, Any]) -
             storage = cell.storage
         moved = storage.blockwise and significant_strides(cell.values) != significant_strides(p)
         if cell.storage != storage or moved:  # blocks are of neighbours in memory, which may be others here
-            new, tensors = make(state.name, storage, p)
+            new, tensors = make(state.name, storage, p, state.shape(p))
             new.write(cell.read(torch.float32 if storage.dtype != torch.float64 else torch.float64).to(p.device))
             for key in keys_of(state.name, cell.storage):
                 del kept[key]

@@ -9,14 +9,16 @@ whole tensor: a rule that uses them is cut into passes there, one that finds the
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 __all__ = [
-    "Operand", "absolute", "clamp", "column_mean", "dot", "everywhere", "lerp", "logical_and", "maximum", "mean",
-    "mean_square", "minimum", "norm", "row_mean", "sign", "size", "sqrt", "total", "where",
+    "Operand", "absolute", "clamp", "column_mean", "columns", "dot", "everywhere", "lerp", "logical_and",
+    "matrix_function", "maximum", "mean", "mean_square", "minimum", "norm", "row_mean", "rows", "sign", "size", "sqrt",
+    "total", "where",
 ]  # fmt: skip
 
 
@@ -26,7 +28,7 @@ class Operand:
     __slots__ = ()
     __array_ufunc__ = None  # a NumPy number on the left hands the operation to us
 
-    def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
+    def __formula__(self, word: Any, args: tuple[Any, ...]) -> Any:
         raise NotImplementedError
 
     def __add__(self, other: Any) -> Any:
@@ -195,6 +197,14 @@ def _size(x: torch.Tensor) -> int:
     return x.numel()
 
 
+def _rows(x: torch.Tensor) -> int:
+    return x.shape[0]
+
+
+def _columns(x: torch.Tensor) -> int:
+    return x[:1].numel()
+
+
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:
     function.__name__ = function.__name__.removeprefix("_")
     return word(function)
@@ -210,6 +220,12 @@ column_mean = _named(_column_mean)
 column_mean.__doc__ = "The mean of each column of a matrix, or of a batch's matrices: over the last dimension but one."
 size = _named(_size)
 size.__doc__ = "How many elements the tensor has; of a complex one, twice as many."
+rows = _named(_rows)
+rows.__doc__ = "How many rows the tensor has as a matrix: its first dimension."
+columns = _named(_columns)
+columns.__doc__ = (
+    "How many columns the tensor has as a matrix: its other dimensions as one, as in a convolution's kernel."
+)
 everywhere = _named(_everywhere)
 everywhere.__doc__ = "The sum of a number that each tensor has, such as a `dot`, over all tensors that take this step."
 
@@ -227,3 +243,55 @@ def mean(x: Any) -> Any:
 def mean_square(x: Any) -> Any:
     """The mean of the squares of all elements of the tensor."""
     return dot(x, x) / maximum(size(x), 1)
+
+
+# --- functions of matrices --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MatrixCall:
+    """A function of matrices with its settings, in the place of a word.
+
+    Args:
+        function: takes a batch of matrices, and of each other argument, and the settings; returns a batch like the
+            first.
+        dtype: of the matrices that it is given and returns; None: what the rule computes in.
+        settings: keyword arguments.
+        there: which of its other arguments are not None.
+    """
+
+    function: Callable[..., torch.Tensor]
+    dtype: torch.dtype | None
+    settings: tuple[tuple[str, Any], ...]
+    there: tuple[bool, ...]
+
+    def __call__(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """The function's value, like x; of more than two dimensions x is a matrix with as many rows as its first has."""
+        matrices = x.reshape(*x.shape[:1], -1)
+        return (
+            self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype).view_as(x)
+        )
+
+    def batch(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """The function's value, of matrices [batch, rows, columns] in its dtype."""
+        given = iter(others)
+        return self.function(x, *(next(given) if there else None for there in self.there), **dict(self.settings))
+
+
+def matrix_function(function: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> Callable[..., Any]:
+    """A word for rules that is a function of whole matrices, run by torch between two passes.
+
+    Args:
+        function: `function(x, *others, **settings)`, x: [batch, rows, columns]; others: what a rule keeps beside, or
+            None. It returns something like x, and changes nothing.
+        dtype: of x and of the value; None: what the rule computes in.
+    """
+
+    def apply(x: Any, *others: Any, **settings: Any) -> Any:
+        call = MatrixCall(function, dtype, tuple(sorted(settings.items())), tuple(o is not None for o in others))
+        args = (x, *(o for o in others if o is not None))
+        return x.__formula__(call, args) if isinstance(x, Operand) else call(*args)
+
+    apply.__name__ = apply.__qualname__ = function.__name__
+    apply.__doc__ = function.__doc__
+    return apply

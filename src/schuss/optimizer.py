@@ -47,6 +47,8 @@ class Optimizer(torch.optim.Optimizer):
         scalar_states: name in `optimizer.state[p]` -> initial value, of numbers that are kept per parameter.
         has_step: whether `optimizer.state[p]["step"]` is kept (default True).
         bounds: hyperparameter -> interval such as "[0, 1)".
+        choices: hyperparameters that are no numbers, or are settings of a function of matrices: `rule` is given them as
+            they are, and may branch on them.
         decay: what a hyperparameter `weight_decay` means: "l2", "decoupled", or None: the rule's own business.
         source: authors, year and arXiv id.
 
@@ -66,6 +68,7 @@ class Optimizer(torch.optim.Optimizer):
     scalar_states: ClassVar[Mapping[str, float | str]] = {}
     has_step: ClassVar[bool] = True
     bounds: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
+    choices: ClassVar[tuple[str, ...]] = ()
     decay: ClassVar[Literal["l2", "decoupled"] | None] = None
     source: ClassVar[str] = ""
     eager_state: ClassVar[bool] = False
@@ -92,7 +95,17 @@ class Optimizer(torch.optim.Optimizer):
     def declared(cls, defaults: Mapping[str, Any]) -> Rule:
         """What this class declares, as the engine reads it."""
         states = {n: s if isinstance(s, State) else State(s) for n, s in cls.states.items()}
-        return Rule(cls.__name__, cls.rule, cls.scalars, states, cls.scalar_states, cls.has_step, cls.decay, defaults)
+        return Rule(
+            cls.__name__,
+            cls.rule,
+            cls.scalars,
+            states,
+            cls.scalar_states,
+            cls.has_step,
+            cls.decay,
+            defaults,
+            cls.choices,
+        )
 
     def _reset(self) -> None:
         self._plan: Plan | None = None
@@ -345,10 +358,13 @@ class Optimizer(torch.optim.Optimizer):
                 known = float(has_stepped) if name == "step" and not self.has_step else initial(value)
                 kept[name] = torch.tensor(known, dtype=_scalar_dtype())
         for state in rule.states.values():
-            if state.exists(group) and find(kept, state.name) is None:
-                cell, tensors = make(state.name, chosen(self, p, state)[0], p)
+            if state.exists(group, p) and find(kept, state.name) is None:
+                cell, tensors = make(state.name, chosen(self, p, state)[0], p, state.shape(p))
                 reals = Cell(Storage(p.dtype), p).read(torch.float64)
-                cell.write(reals if state.init == "p" else torch.full_like(reals, initial(state.init)))
+                if state.like != "p":
+                    cell.values.fill_(initial(state.init))
+                else:
+                    cell.write(reals if state.init == "p" else torch.full_like(reals, initial(state.init)))
                 kept.update(tensors)
         if parameter_storage(self, p).kahan and kept.get(COMPENSATION) is None:
             kept[COMPENSATION] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()

@@ -139,7 +139,7 @@ class Settings:
     def check_exact(self, owner: str, states: Iterable[State], group: Mapping[str, Any]) -> None:
         """Raise if a state that a group of parameters needs exactly is to be stored in 8 bits."""
         for state in states:
-            if self.state_dtype.get(state.name) == torch.int8 and state.exists(group) and state.must_be_exact(group):
+            if self.state_dtype.get(state.name) == torch.int8 and state.may_exist(group) and state.must_be_exact(group):
                 raise ValueError(
                     f"{owner}: state_dtype of {state.name!r} must be float32 or bfloat16, since small differences of "
                     "it decide what a step does; got int8"

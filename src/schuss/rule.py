@@ -1,24 +1,35 @@
 """What a rule says of itself, as data: its states, and what the engine derives from its functions' signatures."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from schuss.bounds import number
 from schuss.engine.pieces import EMA, Pieces, trace
+from schuss.engine.stages import Domain
 from schuss.engine.trace import Formula, parameters, used
-from schuss.formula import minimum, where
+from schuss.formula import MatrixCall, minimum, where
 
 if TYPE_CHECKING:
     from schuss.options import Settings
 
 ENGINE_KEYS = ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keys of a parameter group that speak to the engine, not to the rule."""
+
+
+_MATRIX = torch.empty(2, 2, device="meta")
+_DOMAINS = {
+    "p": Domain.ELEMENTS,
+    "rows": Domain.ROWS,
+    "columns": Domain.COLUMNS,
+    "left": Domain.MATRIX,
+    "right": Domain.MATRIX,
+}
 
 
 @dataclass(frozen=True)
@@ -28,25 +39,47 @@ class State:
     Args:
         name: its name in `optimizer.state[p]` and in checkpoints.
         init: what it starts as: a number, the name of a hyperparameter, or "p": the parameter's value.
-        when: the hyperparameter that must be true or non-zero for the state to exist; None: it always exists.
+        when: the hyperparameter that must be true or non-zero for the state to exist, or a function of the group and
+            the parameter that says whether it does; None: it always exists.
         nonnegative: it is never negative, so that 8-bit codes need no sign.
         exact: 8 bits would break the rule, since small differences of the state decide what happens: True, or the name
             of the hyperparameter that makes it so.
         wide: it is stored in float32 at least, also for parameters of fewer bits.
         number: it is one number for the tensor; the formula returns the new one, made of sums.
+        like: what its shape is like: "p"; "rows" or "columns", one number for each row or column of the parameter's
+            matrices, which are its last two dimensions; "left" or "right", a square matrix with the side of the
+            parameter as one matrix, for functions of matrices: the formula returns it as it is.
     """
 
     name: str
     init: float | str = 0.0
-    when: str | None = None
+    when: str | Callable[[Mapping[str, Any], torch.Tensor], bool] | None = None
     nonnegative: bool = False
     exact: bool | str = False
     wide: bool = False
     number: bool = False
+    like: Literal["p", "rows", "columns", "left", "right"] = "p"
 
-    def exists(self, group: Mapping[str, Any]) -> bool:
+    def exists(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
         """Whether a parameter of this group has the state."""
+        if callable(self.when):
+            return self.when(group, p)
         return self.when is None or bool(group[self.when])
+
+    def may_exist(self, group: Mapping[str, Any]) -> bool:
+        """Whether some parameter of this group may have the state."""
+        return not isinstance(self.when, str) or bool(group[self.when])
+
+    def shape(self, p: torch.Tensor) -> tuple[int, ...]:
+        """Its shape, for a parameter."""
+        if self.like == "rows":
+            return (*p.shape[:-1], 1)
+        if self.like == "columns":
+            return (*p.shape[:-2], 1, p.shape[-1])
+        if self.like == "p":
+            return tuple(p.shape)
+        side = p.shape[0] if self.like == "left" else p[:1].numel()
+        return (side, side)
 
     def must_be_exact(self, group: Mapping[str, Any]) -> bool:
         """Whether the state of a parameter of this group cannot be stored in 8 bits."""
@@ -58,7 +91,7 @@ class Variant:
     """The form of a rule that a parameter group chooses: which states exist, and the flags."""
 
     states: tuple[bool, ...]
-    flags: tuple[bool, ...]
+    flags: tuple[Any, ...]
 
 
 class Rule:
@@ -74,6 +107,7 @@ class Rule:
         has_step: whether a `step` is kept per parameter.
         decay: what `weight_decay` means.
         defaults: the group's keys with their default values.
+        choices: hyperparameters that choose a form of the formula, which is given them as they are.
     """
 
     def __init__(
@@ -86,6 +120,7 @@ class Rule:
         has_step: bool,
         decay: str | None,
         defaults: Mapping[str, Any],
+        choices: Collection[str] = (),
     ) -> None:
         self.owner, self.formula, self.scalars = owner, formula, scalars
         self.states = {letter: state for letter, state in states.items() if not state.number}
@@ -96,6 +131,7 @@ class Rule:
         self.scalar_states = step | dict(scalar_states) | {s.name: s.init for s in states.values() if s.number}
         self.options: Settings | None = None
         self._traced: dict[tuple[Variant, Pieces], tuple[Formula, tuple[str, ...]]] = {}
+        self._needs: dict[Variant, frozenset[str]] = {}
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
             raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")
@@ -107,13 +143,16 @@ class Rule:
             )
         if missing := [letter for letter in states if letter not in arguments]:
             raise TypeError(f"{owner}.rule does not take its state {missing[0]!r}")
-        self.flags = tuple(a for a in arguments[2:] if isinstance(defaults.get(a), bool))
-        """Hyperparameters that are Python booleans inside the formula."""
+        self.choices = tuple(choices)
+        self.flags = tuple(a for a in arguments[2:] if isinstance(defaults.get(a), bool) or a in choices)
+        """Hyperparameters that are Python values inside the formula."""
         self.keys = tuple(defaults)
         """The keys of a group that can change what a step does."""
         wanted = {*parameters(scalars), *arguments, "lr", "weight_decay"}
         self.numeric = tuple(
-            key for key in defaults if key in wanted and key not in self.flags and key not in ENGINE_KEYS
+            key
+            for key in defaults
+            if key in wanted and key not in self.flags and key not in ENGINE_KEYS and key not in choices
         )
         """The hyperparameters that are numbers, or pairs of numbers, for the scalars and the formula."""
         self.pairs = {key for key in self.numeric if isinstance(defaults[key], (tuple, list))}
@@ -126,7 +165,7 @@ class Rule:
     def with_options(self, options: "Settings") -> "Rule":
         """This rule with what an optimizer's options add to it: an average, and a `step` for what is keyed by it."""
         rule = copy(self)
-        rule.options, rule._traced = options, {}
+        rule.options, rule._traced, rule._needs = options, {}, {}
         if options.ema_decay is not None:
             rule.states = {**self.states, EMA: State(EMA, init="p", wide=True, exact=True)}
         if options.needs_step and not self.has_step:
@@ -142,11 +181,11 @@ class Rule:
         """Whether the first step is told by a mark of the plan, since no step is kept."""
         return not self.has_step and bool(self.states)
 
-    def variant(self, group: Mapping[str, Any]) -> Variant:
-        """The form that a parameter group chooses."""
+    def variant(self, group: Mapping[str, Any], p: torch.Tensor = _MATRIX) -> Variant:
+        """The form that a parameter group chooses, for a parameter or for any matrix."""
         return Variant(
-            tuple(state.exists(group) for state in self.states.values()),
-            tuple(bool(group[flag]) for flag in self.flags),
+            tuple(state.exists(group, p) for state in self.states.values()),
+            tuple(_value(group[flag]) if flag in self.choices else bool(group[flag]) for flag in self.flags),
         )
 
     def present(self, variant: Variant) -> list[State]:
@@ -177,9 +216,22 @@ class Rule:
         """Whether a form of the rule needs sums over all tensors of the optimizer."""
         return any(node.op == "everywhere" for node in used(self.trace(variant, Pieces())[0].outputs.values()))
 
+    def needs(self, variant: Variant) -> frozenset[str]:
+        """What else than elements a form of the rule computes with: "vectors" of rows and columns, and "matrices"."""
+        if variant not in self._needs:
+            nodes = used(self.trace(variant, Pieces())[0].outputs.values())
+            vectors = any(node.op in ("row_mean", "column_mean") for node in nodes)
+            matrices = any(isinstance(node.op, MatrixCall) for node in nodes)
+            self._needs[variant] = frozenset(["vectors"] * vectors + ["matrices"] * matrices)
+        return self._needs[variant]
+
     def chooses(self, key: str) -> bool:
-        """Whether the truth of a hyperparameter chooses the form of the rule or the back end."""
+        """Whether the truth of a hyperparameter, or any of the choices, chooses the form of the rule or the back end."""
         return key in self.flags or key in ENGINE_KEYS or any(state.when == key for state in self.states.values())
+
+    def domains(self) -> dict[str, Domain]:
+        """What p, g and the states have a value for, by letter."""
+        return {"p": Domain.ELEMENTS, "g": Domain.ELEMENTS} | {n: _DOMAINS[s.like] for n, s in self.states.items()}
 
     def numbers_of(self, key: str, value: Any) -> list[float]:
         """A numeric hyperparameter as float64 numbers: two for a pair. NaN for None, and for what is on a device."""
@@ -259,6 +311,11 @@ class Rule:
             cautious_decay=options is not None and options.cautious_decay and bool(np.any(used & decoupled)),
             ema=options is not None and options.ema_decay is not None,
         )
+
+
+def _value(choice: Any) -> Any:
+    """A choice as something that can be compared and hashed: a loaded checkpoint may hold a list."""
+    return tuple(map(_value, choice)) if isinstance(choice, (list, tuple)) else choice
 
 
 def _known(value: Any) -> float:

@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch.autograd.graph import increment_version
 
+from schuss import formula as words
 from schuss.engine import numba
 from schuss.engine.numba_kernel import CHUNK, kernel_source, sum_source
 from schuss.engine.pieces import Pieces
-from schuss.engine.stages import Level, Stages, Sums, Values, cut, is_staged
+from schuss.engine.stages import Domain, Level, Stages, Sums, Values, cut, is_staged
 from schuss.engine.state import COMPENSATION, kept_by, keys_of
-from schuss.engine.storage import Layout, Storage, compute_dtype, stream, traced
-from schuss.engine.trace import Formula
+from schuss.engine.storage import Layout, Storage, compute_dtype, slots, stream, traced
+from schuss.engine.trace import Expr, Formula
 from schuss.engine.watch import INSIDE, OTHERS, Watched, watch
+from schuss.formula import MatrixCall
 from schuss.rule import Rule, Variant
 
 if TYPE_CHECKING:
@@ -60,7 +62,8 @@ class Made:
         scalars: the names of the numbers that are computed for each row before any pass.
         kernel: of the pass that updates.
         stages: how the formula is cut, if one pass is not enough.
-        sums: the kernels of the passes before; None for one that only sums over all tensors.
+        sums: the kernels of the passes that find sums; None for one that finds none.
+        stores: the kernels that write what functions of matrices are given; None where there are none.
     """
 
     pieces: Pieces
@@ -68,6 +71,7 @@ class Made:
     kernel: Any
     stages: Stages | None = None
     sums: tuple[Any, ...] = ()
+    stores: tuple[Any, ...] = ()
 
 
 class Bucket(ABC):
@@ -141,6 +145,7 @@ class Bucket(ABC):
         self._lazy = [t for t, p in enumerate(self.params) if p.is_complex() or p.numel() == 1]
         self._found = 0  # passes that have found their sums
         self._values = Values({})
+        self._matrices: dict[str, torch.Tensor] = {}
         self._scalars: dict[str, Array] = {}
         self.hyper_changed = self.pieces_changed = True
         self._gain = 1.0
@@ -196,10 +201,11 @@ class Bucket(ABC):
             if (stages := self._made.stages) is not None:
                 for k in range(len(stages.levels)):
                     self.find(k)
-                self._take(tuple(stages.between), last=True)
+                self._take(tuple(stages.between))
+                self._take_outside(stages.outside)
             increment_version(self._updated)
             self._run(self._made.kernel)
-        self._grads = []
+        self._grads, self._matrices = [], {}
 
     @property
     def sums_everywhere(self) -> int:
@@ -217,7 +223,41 @@ class Bucket(ABC):
         self._take(level.between)
         if level.sums is not None:
             self._values.known |= zip(level.reductions, self._sum(level, self._made.sums[k]), strict=True)
+        if level.transforms:
+            self._transform(level, self._made.stores[k])
         self._found = k + 1
+
+    @torch.no_grad()
+    def _transform(self, level: Level, kernel: Any) -> None:
+        """Give functions of matrices what a pass writes for them. All tensors of the bucket are of one shape then."""
+        p, count = self.params[0], len(self.params)
+        make = torch.empty if self.active.all() else torch.zeros
+        for transform in level.transforms:
+            dtype = transform.node.op.dtype or compute_dtype(self._layout)
+            self._matrices[transform.argument] = make(count, p.shape[0], p[:1].numel(), dtype=dtype, device=p.device)
+        self._store(kernel)
+        for transform in level.transforms:
+            others = [self._stacked(self._rule.states[arg.value].name) for arg in transform.node.args[1:]]
+            value = transform.node.op.batch(self._matrices.pop(transform.argument), *others)
+            self._matrices[transform.result] = value.contiguous()
+
+    def _stacked(self, name: str) -> torch.Tensor:
+        return torch.stack([kept[name] for kept in self._kept])
+
+    def _all_addresses(self) -> Array:
+        """The table of addresses with columns for the matrices that are there."""
+        if not self._matrices:
+            return self._address
+        layout = _with_matrices(self._layout, self._matrices)
+        known = {slot: k for k, slot in enumerate(slots(self._layout))}
+        result = np.zeros((len(self.params), len(slots(layout))), np.int64)
+        for k, slot in enumerate(slots(layout)):
+            if slot in known:
+                result[:, k] = self._address[:, known[slot]]
+            else:
+                batch = self._matrices[slot[0]]
+                result[:, k] = batch.data_ptr() + np.arange(len(batch)) * (batch[0].numel() * batch.element_size())
+        return result
 
     def share(self, k: int) -> list[Any]:
         """What the tensors of the bucket give to the sums over all tensors that follow a pass."""
@@ -228,6 +268,12 @@ class Bucket(ABC):
         """Take over the sums over all tensors."""
         if (level := self._level(k)) is not None:
             self._values.known |= zip(level.everywhere, map(self._here, sums), strict=True)
+
+    @property
+    def _stages(self) -> Stages:
+        assert self._made is not None
+        assert self._made.stages is not None
+        return self._made.stages
 
     def _level(self, k: int) -> Level | None:
         stages = None if self._made is None or not self._updated else self._made.stages
@@ -248,8 +294,16 @@ class Bucket(ABC):
         """The sums of a pass, each with a number for every tensor."""
 
     @abstractmethod
-    def _take(self, names: Sequence[str], *, last: bool = False) -> None:
-        """Put numbers that are known now into the table of scalars; at last those that are kept of each tensor."""
+    def _store(self, kernel: Any) -> None:
+        """Run a kernel that writes what functions of matrices are given."""
+
+    @abstractmethod
+    def _take(self, names: Sequence[str]) -> None:
+        """Put numbers that are known now where the kernels read them."""
+
+    @abstractmethod
+    def _take_outside(self, nodes: Mapping[str, Expr]) -> None:
+        """Keep the new values of states that are no elements, by letter."""
 
     @abstractmethod
     def _over_tensors(self, numbers: Any) -> Any:
@@ -264,11 +318,13 @@ class Bucket(ABC):
         """Launch the kernel, and write the new per-tensor scalars."""
 
     @abstractmethod
-    def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> Any:
+    def _compile(
+        self, formula: Formula, scalars: tuple[str, ...], layout: Layout, vectors: Mapping[str, Domain]
+    ) -> Any:
         """The kernel of a formula."""
 
     @abstractmethod
-    def _compile_sums(self, sums: Sums) -> Any:
+    def _compile_sums(self, sums: Sums, layout: Layout) -> Any:
         """The kernel of sums."""
 
     def _plan_sizes(self) -> None:
@@ -332,10 +388,25 @@ class Bucket(ABC):
     def _make(self, pieces: Pieces) -> Made:
         formula, scalars = scalars_of(self._rule, self._variant, pieces, self._layout)
         if not is_staged(formula):
-            return Made(pieces, scalars, self._compile(formula, scalars))
-        stages = cut(formula, scalars)
-        sums = [None if level.sums is None else self._compile_sums(level.sums) for level in stages.levels]
-        return Made(pieces, scalars, self._compile(stages.final, stages.scalars), stages, tuple(sums))
+            return Made(pieces, scalars, self._compile(formula, scalars, self._layout, {}))
+        stages = cut(formula, scalars, self._rule.domains())
+        there: dict[str, MatrixCall] = {}
+        sums, stores = [], []
+        for level in stages.levels:
+            layout = self._layout_with(there)
+            sums.append(None if level.sums is None else self._compile_sums(level.sums, layout))
+            layout = self._layout_with(there | {t.argument: t.node.op for t in level.transforms})
+            stores.append(
+                self._compile(level.stores, stages.scalars, layout, stages.vectors) if level.transforms else None
+            )
+            there |= {t.result: t.node.op for t in level.transforms}
+        final = self._compile(stages.final, stages.scalars, self._layout_with(there), stages.vectors)
+        return Made(pieces, scalars, final, stages, tuple(sums), tuple(stores))
+
+    def _layout_with(self, calls: Mapping[str, MatrixCall]) -> Layout:
+        """The layout with roles for the arguments and values of functions of matrices."""
+        own = compute_dtype(self._layout)
+        return {**self._layout, **{name: Storage(call.dtype or own) for name, call in calls.items()}}
 
 
 class CpuBucket(Bucket):
@@ -346,35 +417,43 @@ class CpuBucket(Bucket):
     def prepare(self, step: Step) -> None:
         super().prepare(step)
         if self._is_staged and self._updated:
-            assert self._made is not None
-            assert self._made.stages is not None
-            self._found, self._values = 0, Values(self._scalars)
-            self._values.known |= dict.fromkeys(self._made.stages.sizes, self._numel.astype(np.float64))
+            self._start_stages()
 
-    def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> int:
-        source = kernel_source(self._title, formula, scalars, self._layout)
+    def _start_stages(self) -> None:
+        """Take up what is known before the first pass."""
+        self._found, self._values = 0, Values(self._scalars)
+        self._values.known |= {node: sizes_of(node, self.params) for node in self._stages.sizes}
+
+    def _compile(
+        self, formula: Formula, scalars: tuple[str, ...], layout: Layout, vectors: Mapping[str, Domain]
+    ) -> int:
+        source = kernel_source(self._title, formula, scalars, layout)
         return numba.kernel_address(self._rule.owner.lower(), source)
 
-    def _compile_sums(self, sums: Sums) -> int:
-        return numba.kernel_address("sum", sum_source(f"Sums of {self._title}", sums, self._layout))
+    def _compile_sums(self, sums: Sums, layout: Layout) -> int:
+        return numba.kernel_address("sum", sum_source(f"Sums of {self._title}", sums, layout))
+
+    def _store(self, kernel: int) -> None:
+        tables = (self._all_addresses(), self._row_of, self._table, self._streams)
+        context = np.array([table.ctypes.data for table in tables], np.int64)
+        numba.sweep(numba.parts(self._elements), kernel, context.ctypes.data, self._size, self._weight)
 
     def _square_sum(self) -> float:
         return square_sum(self._layout["g"].dtype, self._address[:, 1], self._size, self._weight)
 
-    def _sum(self, level: Level, kernel: int) -> list[Array]:
-        tables = (self._address, self._row_of, self._table)
+    def _sum(self, level: Level, kernel: int) -> list[Any]:
+        tables = (self._all_addresses(), self._row_of, self._table)
         return list(sums_of(kernel, len(level.reductions), tables, self._size, self._weight).T)
 
-    def _take(self, names: Sequence[str], *, last: bool = False) -> None:
-        assert self._made is not None
-        assert self._made.stages is not None
-        stages = self._made.stages
+    def _take(self, names: Sequence[str]) -> None:
         with np.errstate(all="ignore"):
             for name in names:
-                self._table[:, stages.scalars.index(name)] = self._values(stages.between[name])
-            if last:
-                for letter, node in stages.numbers.items():
-                    self._new[:, self._scalar_names.index(self._rule.number_states[letter])] = self._values(node)
+                self._table[:, self._stages.scalars.index(name)] = self._values(self._stages.between[name])
+
+    def _take_outside(self, nodes: Mapping[str, Expr]) -> None:
+        with np.errstate(all="ignore"):
+            for letter, node in nodes.items():
+                self._new[:, self._scalar_names.index(self._rule.number_states[letter])] = self._values(node)
 
     def _over_tensors(self, numbers: Any) -> float:
         return math.fsum(np.broadcast_to(numbers, len(self.params))[self.active].tolist())
@@ -383,12 +462,22 @@ class CpuBucket(Bucket):
         return float(number)
 
     def _run(self, kernel: int) -> None:
-        tables = (self._address, self._row_of, self._table, self._streams)
+        tables = (self._all_addresses(), self._row_of, self._table, self._streams)
         context = np.array([table.ctypes.data for table in tables], np.int64)
         numba.launch(
             numba.parts(self._elements), kernel, context.ctypes.data, self._size, self._weight, *self._per_tensor,
             self._new,
         )  # fmt: skip
+
+
+def sizes_of(node: Expr, params: Sequence[torch.Tensor]) -> Array:
+    """How many elements, rows or columns tensors have; reals, for complex ones."""
+    ask = getattr(words, node.op)
+    return np.array([ask(torch.view_as_real(p) if p.is_complex() else p) for p in params], np.float64)
+
+
+def _with_matrices(layout: Layout, matrices: Mapping[str, torch.Tensor]) -> Layout:
+    return {**layout, **{name: Storage(batch.dtype) for name, batch in matrices.items()}}
 
 
 def weights(size: Array, active: Array) -> Array:

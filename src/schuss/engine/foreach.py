@@ -14,7 +14,7 @@ from schuss import formula
 from schuss.engine.pieces import Pieces, apply
 from schuss.engine.reference import computed_in
 from schuss.engine.state import Cell, real_view
-from schuss.formula import Operand
+from schuss.formula import MatrixCall, Operand
 from schuss.rule import Rule
 
 _FOREACH: dict[str, Callable[..., Any]] = {
@@ -65,7 +65,7 @@ class Numbers(Operand):
     def __init__(self, values: Sequence[float]) -> None:
         self.values = [np.float64(value) for value in values]  # divides by zero, as an array does
 
-    def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
+    def __formula__(self, word: Any, args: tuple[Any, ...]) -> Any:
         return _apply(word, args)
 
 
@@ -80,17 +80,19 @@ class Stack(Operand):
     def __init__(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         self.tensors, self.dtype = list(tensors), dtype
 
-    def __formula__(self, word: str, args: tuple[Any, ...]) -> Any:
+    def __formula__(self, word: Any, args: tuple[Any, ...]) -> Any:
         return _apply(word, args)
 
 
-def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
+def _apply(word: Any, args: Sequence[Any]) -> "Stack | Numbers":
     stacks = [arg for arg in args if isinstance(arg, Stack)]
     count = len(stacks[0].tensors) if stacks else len(next(a for a in args if isinstance(a, Numbers)).values)
     # A sum is one float64 number for its tensor: what it is computed with keeps its dtype.
     dtype = min((stack.dtype for stack in stacks), key=lambda kind: kind.itemsize, default=torch.float64)
-    if word == "size":
-        return Numbers([float(tensor.numel()) for tensor in stacks[0].tensors])
+    if word in ("size", "rows", "columns"):
+        count_of = getattr(formula, word)
+        counts: list[float] = [float(count_of(tensor)) for tensor in stacks[0].tensors]
+        return Numbers(counts)
     if word in _UNARY and stacks:
         return Stack(_UNARY[word](stacks[0].tensors), dtype)
     if word in _FOREACH and stacks and args[0] is stacks[0]:
@@ -110,7 +112,7 @@ def _apply(word: str, args: Sequence[Any]) -> "Stack | Numbers":
             return Numbers([yes if condition else no for condition, yes, no in rows])
         return Stack([_where(dtype, *row) for row in rows], dtype)
     with np.errstate(all="ignore"):
-        results = [_ONE_BY_ONE[word](*row) for row in rows]
+        results = [(word if isinstance(word, MatrixCall) else _ONE_BY_ONE[word])(*row) for row in rows]
     if word in ("dot", "total"):
         dtype = torch.float64
     return Stack(results, dtype) if stacks else Numbers(results)

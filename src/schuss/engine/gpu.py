@@ -6,7 +6,7 @@ there on float64 tensors, one element for each tensor: the host knows no number 
 captured it computes new ones each time it is replayed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from schuss.engine import triton
-from schuss.engine.bucket import SQUARE, Array, Bucket, Step
+from schuss.engine.bucket import SQUARE, Array, Bucket, Step, sizes_of
 from schuss.engine.process import uninterrupted
-from schuss.engine.stages import Level, Sums, Values
+from schuss.engine.stages import Domain, Level, Sums, Values
 from schuss.engine.storage import Layout, Storage, compute_dtype
-from schuss.engine.trace import Formula
+from schuss.engine.trace import Expr, Formula
 from schuss.rule import Rule
 
 if TYPE_CHECKING:
@@ -90,29 +90,29 @@ class GpuBucket(Bucket):
 
     # --- passes that find sums --------------------------------------------------------------------------------------
 
-    def _compile_sums(self, sums: Sums) -> Any:
-        return triton.load("sum", triton.sum_source(f"Sums of {self._title}", sums, self._layout))
+    def _compile_sums(self, sums: Sums, layout: Layout) -> Any:
+        return triton.load("sum", triton.sum_source(f"Sums of {self._title}", sums, layout))
 
     def _start_stages(self) -> None:
         """Bring to the device what is known before the first pass."""
-        assert self._made is not None
-        assert self._made.stages is not None
-        stages, dtype = self._made.stages, compute_dtype(self._layout)
-        if not self.on_device:
-            numbers, numel = self._hosts.put(np.array(list(self._scalars.values())), self._numel)
-            known: dict[str, Any] = dict(zip(self._scalars, numbers, strict=True))
-            missing = len(stages.between)
+        stages, dtype = self._stages, compute_dtype(self._layout)
+        there = self.active if self.on_device else np.ones_like(self.active)
+        sizes = [sizes_of(node, self.params)[there] for node in stages.sizes]
+        if self.on_device:
+            known: dict[str, Any] = self._known
+            there_sizes = self._hosts.put(*sizes) if sizes else []
+        else:
+            numbers, *there_sizes = self._hosts.put(np.array(list(self._scalars.values())), *sizes)
+            known = dict(zip(self._scalars, numbers, strict=True))
+            missing = len(stages.scalars) - len(numbers)
             table = [numbers.T, numbers.new_zeros(numbers.shape[1], missing)]
             self._device_table = torch.cat(table, dim=1).to(dtype)
-        else:
-            (numel,) = self._hosts.put(self._numel[self.active])
-            known = self._known
         self._found, self._values = 0, Values(known)
-        self._values.known |= dict.fromkeys(stages.sizes, numel.to(torch.float64))
+        self._values.known |= zip(stages.sizes, there_sizes, strict=True)
 
     @torch.no_grad()
     def _sum(self, level: Level, kernel: Any) -> list[torch.Tensor]:
-        addresses, row_of = self._moving.put(self._address, self._row_of)
+        addresses, row_of = self._moving.put(self._all_addresses(), self._row_of)
         count = len(level.reductions)
         sums = triton.run_sums(
             kernel, count, len(self._work), self._work, self._sizes, addresses, row_of, self._device_table, self._factor
@@ -123,17 +123,23 @@ class GpuBucket(Bucket):
         (ends,) = self._ends.put(np.cumsum(chunks))
         return list(triton.add_up(sums, ends).T)
 
+    def _store(self, kernel: Any) -> None:
+        addresses, row_of = self._moving.put(self._all_addresses(), self._row_of)
+        triton.run(
+            kernel, len(self._work), self._work, self._sizes, addresses, row_of, self._device_table,
+            self._stream_table, self._factor, self._skip,
+        )  # fmt: skip
+
     @torch.no_grad()
-    def _take(self, names: Sequence[str], *, last: bool = False) -> None:
-        assert self._made is not None
-        assert self._made.stages is not None
-        stages = self._made.stages
+    def _take(self, names: Sequence[str]) -> None:
         for name in names:
-            self._device_table[:, stages.scalars.index(name)] = self._values(stages.between[name])
-        if last:
-            for letter, node in stages.numbers.items():
-                k = list(self._rule.scalar_states).index(self._rule.number_states[letter])
-                self._new_numbers[k] = self._column(self._values(node), len(self._updated))
+            self._device_table[:, self._stages.scalars.index(name)] = self._values(self._stages.between[name])
+
+    @torch.no_grad()
+    def _take_outside(self, nodes: Mapping[str, Expr]) -> None:
+        for letter, node in nodes.items():
+            k = list(self._rule.scalar_states).index(self._rule.number_states[letter])
+            self._new_numbers[k] = self._column(self._values(node), len(self._updated))
 
     def _over_tensors(self, numbers: Any) -> torch.Tensor:
         if not isinstance(numbers, torch.Tensor) or not numbers.dim():
@@ -160,13 +166,15 @@ class GpuBucket(Bucket):
                 for name in self._rule.scalar_states
             ]
 
-    def _compile(self, formula: Formula, scalars: tuple[str, ...]) -> Any:
-        source = triton.kernel_source(self._title, formula, scalars, self._layout)
+    def _compile(
+        self, formula: Formula, scalars: tuple[str, ...], layout: Layout, vectors: Mapping[str, Domain]
+    ) -> Any:
+        source = triton.kernel_source(self._title, formula, scalars, layout)
         return triton.load(self._rule.owner.lower(), source)
 
     def _run(self, kernel: Any) -> None:
         if self.on_device or self._is_staged:
-            addresses, row_of = self._moving.put(self._address, self._row_of)
+            addresses, row_of = self._moving.put(self._all_addresses(), self._row_of)
             table = self._device_table
         else:
             addresses, row_of, table = self._moving.put(self._address, self._row_of, self._table)
@@ -209,7 +217,9 @@ class GpuBucket(Bucket):
         columns = [self._column(scalars[name], count) for name in names]
         self._known = dict(zip(names, columns, strict=True))
         if stages is not None:
-            columns += [torch.zeros_like(columns[0])] * len(stages.between)
+            columns += [torch.zeros(count, dtype=torch.float64, device=self.params[0].device)] * (
+                len(stages.scalars) - len(names)
+            )
         self._device_table = torch.stack(columns, dim=1).to(dtype) if columns else self._work.new_empty(0)
         self._new_numbers = [self._column(scalars[name], count) for name in rule.scalar_states]
 

@@ -55,15 +55,16 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
         layout: the storage of each input of the formula.
     """
     value = dtype_name(compute_dtype(layout))
-    names = safe_names([*layout, *scalars], _taken())
+    names = safe_names([*layout, *scalars], taken())
 
-    lines, new = to_source(formula, call, _constants(value), names)
+    lines, new = to_source(formula, call, constants(value), names)
     maps = list(dict.fromkeys(s.dtype for s in layout.values() if s.blockwise))
     begin, count = ("block", "n") if maps else ("start", "count")
-    role = _Role(names, value, begin, count)
+    role = Role(names, value, begin, count)
     columns = slots(layout)
     arrays = [role.array(k, letter, part, layout[letter]) for k, (letter, part) in enumerate(columns)]
-    loads = [role.load(letter, storage) for letter, storage in layout.items()]
+    read = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
+    loads = [role.load(letter, storage) for letter, storage in layout.items() if letter in read]
     stores, scales, encodes = [], [], []
     for letter, storage in layout.items():
         if letter in new and new[letter] != names[letter]:
@@ -75,8 +76,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
                 encodes.append(role.encode(letter, storage))
     once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars)]
     if streams := layout["p"].stochastic:
-        once.append("stream = carray(pointer(tables[3] + tensor * 8, int64), (1,))[0]")
-        once += [f"key{k} = stream_key(stream >> {32 * k}, int64({names['step']}))" for k in (0, 1)]
+        once += random_keys(names["step"])
     arrays += [f"{names[letter]}_scale = {names[letter]}_absmax[0]" for letter, part in columns if part == "absmax"]
     body = [*arrays, f"for i in range({count}):", *indented([*loads, *lines, *stores])]
     if encodes:
@@ -102,8 +102,8 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
                 [
                     f"tables = carray(pointer(context, int64), ({3 + streams},))",
                     f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
-                    _ROW,
-                    _scalars(value, len(scalars)),
+                    ROW,
+                    scalars_row(value, len(scalars)),
                     *once,
                     *body,
                 ]
@@ -123,8 +123,8 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
     """
     value = value or dtype_name(compute_dtype(layout))
     formula, scalars = sums.formula, sums.scalars
-    names = safe_names([*layout, *scalars], _taken())
-    lines, new = to_source(formula, call, _constants(value), names)
+    names = safe_names([*layout, *scalars], taken())
+    lines, new = to_source(formula, call, constants(value), names)
     columns = slots(layout)
     letters = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
     read = [(k, letter, part) for k, (letter, part) in enumerate(columns) if letter in letters]
@@ -135,7 +135,7 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
     products = [" * ".join(f"float64({new[output]})" for output in term) for term in sums.terms]
     adds = [f"{total} = add_in_any_order({total}, {product})" for total, product in zip(totals, products, strict=True)]
     begin, count = ("block", "n") if maps else ("start", "count")
-    role = _Role(names, value, begin, count)
+    role = Role(names, value, begin, count)
     body = [
         *(role.array(k, letter, part, layout[letter]) for k, letter, part in read),
         *(f"{names[letter]}_scale = {names[letter]}_absmax[0]" for _, letter, part in read if part == "absmax"),
@@ -164,7 +164,7 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
                     "tables = carray(pointer(context, int64), (5,))",
                     f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
                     "first = carray(pointer(tables[4] + tensor * 8, int64), (1,))[0]",
-                    *([_ROW, _scalars(value, len(scalars))] if wanted else []),
+                    *([ROW, scalars_row(value, len(scalars))] if wanted else []),
                     *(f"{names[name]} = scalar[{i}]" for i, name in wanted),
                     *(f"{total} = float64(0)" for total in totals),
                     *body,
@@ -180,21 +180,29 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
 _BLOCKS = (f"for block in range(start, start + count, {BLOCK}):", f"    n = min({BLOCK}, start + count - block)")
 """The loop over the blocks of 8-bit codes of a stretch."""
 
-_ROW = "row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])"
+ROW = "row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])"
 
 
-def _scalars(value: str, count: int) -> str:
+def random_keys(step: str) -> list[str]:
+    """The statements that find the keys of a tensor's random bits."""
+    return [
+        "stream = carray(pointer(tables[3] + tensor * 8, int64), (1,))[0]",
+        *(f"key{k} = stream_key(stream >> {32 * k}, int64({step}))" for k in (0, 1)),
+    ]
+
+
+def scalars_row(value: str, count: int) -> str:
     """The statement that finds a tensor's row of scalars."""
     return f"scalar = carray(pointer(tables[2] + row * {int(value[-2:]) // 8 * count}, {value}), ({count},))"
 
 
-def _constants(value: str) -> Callable[[float], str]:
+def constants(value: str) -> Callable[[float], str]:
     """What writes a number in the dtype that a kernel computes in."""
     return lambda number: f"{value}({number!r})" if math.isfinite(number) else f"{value}(float('{number}'))"
 
 
 @dataclass(frozen=True)
-class _Role:
+class Role:
     """The statements of a kernel about one role.
 
     Args:
@@ -273,11 +281,14 @@ def _conversions(dtype: torch.dtype) -> list[str]:
 
 
 @cache
-def _taken() -> set[str]:
+def taken() -> set[str]:
     """The names that a kernel's text has for itself."""
     from schuss.engine import native
 
-    own = "kernel context tensor start count tables at row scalar i block n stream key0 key1 first sums"
+    own = (
+        "kernel context tensor start count tables at row scalar i block n stream key0 key1 first sums "
+        "unit beside shape height width line begin"
+    )
     words = {f"{word}_{dtype_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
     numbers = {"int8", "int32", "int64", "uint8", "uint16", "float32", "float64"}
     return {*own.split(), "cfunc", "carray", "void", "np", *words, *numbers, *dir(native), *dir(builtins)}

@@ -21,6 +21,7 @@ from schuss.engine.clip import clip, refuse
 from schuss.engine.pieces import EMA, Pieces
 from schuss.engine.report import render
 from schuss.engine.route import SHARED, Route, check_gradient, overlapping, route
+from schuss.engine.rows import RowsBucket
 from schuss.engine.state import COMPENSATION, Cell, chosen, find, kept_by, parameter_cell, parameter_storage
 from schuss.engine.storage import Layout, Storage, as_reals
 from schuss.engine.watch import CHANGED, Same
@@ -28,6 +29,10 @@ from schuss.rule import Variant
 
 if TYPE_CHECKING:
     from schuss.optimizer import Optimizer
+
+
+LARGEST_BATCH = 2**26
+"""Elements of matrices of one shape that a function of matrices is given at once."""
 
 
 @dataclass(eq=False)
@@ -83,7 +88,6 @@ class Plan:
         self._values: list[tuple[Any, ...]] = [self._getter(group) for group in groups]
         self._live = _any_tensor(self._values)
         self._on_device = self._find_on_device(groups)
-        self._variants = [rule.variant(group) for group in groups]
         self._hyper = np.array([rule.numbers(group) for group in groups], np.float64)
         self._same_params = Same(chain.from_iterable(map(_params, groups)))
         self.entries = self._route(optimizer)
@@ -98,13 +102,17 @@ class Plan:
                 e.stored[state.name] = (storage, why) if cell is None else (cell.storage, why)
             if (storage := parameter_storage(optimizer, e.p)).kahan:
                 e.stored[COMPENSATION] = Storage(storage.dtype), ""
-            e.state_bytes = sum(storage.bytes(e.p.numel()) for storage, _ in e.stored.values())
+            shapes = {state.name: state.shape(e.p) for state in rule.present(e.variant)}
+            e.state_bytes = sum(
+                storage.bytes(math.prod(shapes.get(name, e.p.shape))) for name, (storage, _) in e.stored.items()
+            )
 
         self._only_looked_at = made is None
         self._idle: list[torch.Tensor] = []
         self._eager: list[Entry] = []
         fresh: set[int] = set()
         members: dict[Any, list[Entry]] = {}
+        sizes: dict[Any, int] = {}
         for e in self.entries:
             has_state = self._has_state(optimizer, e)
             if made is not None and e.p.grad is not None and not has_state:
@@ -125,6 +133,9 @@ class Plan:
                 scalars = tuple((kept[name].dtype, kept[name].device) for name in rule.scalar_states)
                 layout = self._layout(optimizer, e)
                 key = (e.route.backend, e.p.device, capturable, e.variant, e.p.is_complex(), *layout.items(), scalars)
+                if rule.needs(e.variant):  # of one shape, and not too many at once
+                    alike = sizes[key, e.p.shape] = sizes.get((key, e.p.shape), 0) + e.p.numel()
+                    key = (*key, e.p.shape, (alike - 1) // LARGEST_BATCH)
                 members.setdefault(key, []).append(e)
         self._first = {id(e.p) for e in self._eager} & fresh
         self._state = optimizer.state
@@ -159,7 +170,7 @@ class Plan:
                 if p.grad is not None:
                     check_gradient(optimizer, name, p, p.grad, group)
                 way = route(optimizer, name, p, group)
-                entries.append(Entry(name, p, index, len(entries), self._variants[index], way))
+                entries.append(Entry(name, p, index, len(entries), self._rule.variant(group, p), way))
         for i in overlapping([e.p for e in entries]):
             if entries[i].route.backend in ("numba", "triton"):
                 entries[i].route = SHARED
@@ -174,13 +185,16 @@ class Plan:
     def _layout(self, optimizer: "Optimizer", e: Entry) -> Layout:
         """How the roles of a parameter's update are stored, by letter."""
         g = e.p if e.p.grad is None else e.p.grad
-        states = {n: cell.storage for n, cell in self._states(optimizer, e).items() if cell is not None}
+        cells, states_of = self._states(optimizer, e), self._rule.states
+        states = {n: c.storage for n, c in cells.items() if c is not None and states_of[n].like == "p"}
         return as_reals({"p": parameter_storage(optimizer, e.p), "g": Storage(g.dtype), **states})
 
     def _bucket(self, optimizer: "Optimizer", entries: list[Entry], fresh: set[int]) -> Bucket:
         """The launch of tensors that are alike."""
         e, rule = entries[0], self._rule
         layout = self._layout(optimizer, e)
+        if e.route.backend == "numba" and "vectors" in rule.needs(e.variant):
+            return RowsBucket(rule, optimizer, entries, layout, fresh)
         if e.route.backend == "numba":
             return CpuBucket(rule, optimizer, entries, layout, fresh)
         from schuss.engine.gpu import GpuBucket
@@ -239,7 +253,7 @@ class Plan:
         for key, old, new in zip(rule.keys, zip(*self._values, strict=True), zip(*values, strict=True), strict=True):
             if not (live or self._live) and old == new:
                 continue
-            if rule.chooses(key) and list(map(bool, old)) != list(map(bool, new)):
+            if key in rule.choices or (rule.chooses(key) and list(map(bool, old)) != list(map(bool, new))):
                 return False
             if (column := rule.columns.get(key)) is not None:
                 self._hyper[:, column] = [rule.numbers_of(key, value) for value in new]

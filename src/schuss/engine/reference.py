@@ -11,6 +11,7 @@ from schuss.engine.pieces import Pieces, apply
 from schuss.engine.stages import Stages, Values, cut
 from schuss.engine.state import Cell, real_view
 from schuss.engine.storage import Storage, compute_dtype, real
+from schuss.engine.trace import Formula
 from schuss.rule import Rule, Variant
 
 
@@ -91,12 +92,13 @@ class Update:
         }
 
     @cached_property
-    def _formula(self) -> Any:
+    def _formula(self) -> tuple[Formula, tuple[str, ...]]:
         return self.rule.trace(self.variant, self.pieces)
 
     @cached_property
     def _stages(self) -> Stages:
-        return cut(*self._formula)
+        formula, scalars = self._formula
+        return cut(formula, scalars, self.rule.domains())
 
     @cached_property
     def _values(self) -> Values:

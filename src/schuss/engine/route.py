@@ -1,6 +1,6 @@
 """Which back end updates a parameter, and why."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ def route(optimizer: "Optimizer", name: str, p: torch.Tensor, group: dict[str, A
     if wish == "auto" and group.get("foreach"):
         return Route("foreach", "foreach=True")
     compiler = wish if wish != "auto" else "numba" if p.device.type == "cpu" else "triton"
-    obstacle = _obstacle(optimizer, p, g, compiler)
+    obstacle = _obstacle(optimizer, p, g, group, compiler)
     if obstacle and wish == compiler:
         raise ValueError(
             f"{type(optimizer).__name__}: backend={wish!r} cannot update {name}: {obstacle[1]}; use backend='auto'"
@@ -82,7 +82,9 @@ def route(optimizer: "Optimizer", name: str, p: torch.Tensor, group: dict[str, A
     return Route(*obstacle) if obstacle else Route(compiler)
 
 
-def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, compiler: str) -> tuple[str, str] | None:
+def _obstacle(
+    optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, group: dict[str, Any], compiler: str
+) -> tuple[str, str] | None:
     """Why the kernels of a compiler cannot update a tensor, and what does instead."""
     if type(p) not in (torch.Tensor, torch.nn.Parameter):
         return "reference", f"tensor subclass {type(p).__name__}"
@@ -102,7 +104,9 @@ def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, c
     if not is_dense(p):
         return "reference", "view with gaps or overlaps"
     rule, kept = optimizer._rule, kept_by(optimizer, p)
-    cells = [cell for s in rule.states.values() if (cell := find(kept, s.name)) is not None]
+    if (why := _missing_form(rule.needs(rule.variant(group, p)), compiler, p)) is not None:
+        return "reference", why
+    cells = [cell for s in rule.states.values() if s.like == "p" and (cell := find(kept, s.name)) is not None]
     tensors = [*(cell.values for cell in cells), *([kept[COMPENSATION]] if COMPENSATION in kept else [])]
     for t, what in [(g, "gradient"), *((t, "state") for t in tensors)]:
         if t is None:
@@ -122,6 +126,17 @@ def _obstacle(optimizer: "Optimizer", p: torch.Tensor, g: torch.Tensor | None, c
         t = kept.get(name)
         if t is not None and (t.device.type not in {"cpu", p.device.type} or t.dtype not in _NUMBERS):
             return "reference", f"state {name!r} is no float32 or float64 number on the CPU or the parameter's device"
+    return None
+
+
+def _missing_form(needs: Collection[str], compiler: str, p: torch.Tensor) -> str | None:
+    """Why a compiler has no kernel for a formula."""
+    if "vectors" in needs and compiler == "triton":
+        return "means of rows and columns"
+    if needs and not p.is_contiguous():
+        return "rows and columns of a tensor whose rows do not lie one after the other"
+    if needs and p.is_complex():
+        return "rows and columns of a complex tensor"
     return None
 
 

@@ -3,7 +3,8 @@
 Every node of a formula has a domain: it has a value for each element of the tensor, for each row or column, or one for
 the tensor. Nodes of elements are computed by kernels. All others are computed between the passes, from sums that a
 pass has found, in float64 and by the words that the rule was written with; the kernels that need them read them like
-the rule's other numbers.
+the rule's other numbers. A function of matrices also stands between two passes: one writes what it is given, and the
+next one reads its value.
 """
 
 import dataclasses as dc
@@ -14,9 +15,12 @@ from typing import Any
 
 from schuss import formula as words
 from schuss.engine.trace import Expr, Formula, used
+from schuss.formula import MatrixCall
 
-REDUCTIONS = ("dot", "total", "row_mean", "column_mean")
-_OPERATORS: dict[str, Callable[..., Any]] = {
+SIZES = ("size", "rows", "columns")
+SUMS = ("dot", "total")
+MEANS = ("row_mean", "column_mean")
+_OPERATORS: dict[Any, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "pow": operator.pow,
     "neg": operator.neg, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
     "eq": operator.eq, "ne": operator.ne,
@@ -35,12 +39,19 @@ class Domain(IntEnum):
     COLUMNS = 3
     """Each column."""
     ELEMENTS = 4
+    MATRIX = 5
+    """Something that only functions of matrices know."""
 
     @staticmethod
     def join(domains: Iterable["Domain"]) -> "Domain":
         """The domain of what is computed element by element from these."""
         found = {*domains}
         return Domain.ELEMENTS if {Domain.ROWS, Domain.COLUMNS} <= found else max(found, default=Domain.NUMBER)
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether there are several values, but fewer than elements."""
+        return self in (Domain.BATCH, Domain.ROWS, Domain.COLUMNS)
 
 
 @dc.dataclass(frozen=True)
@@ -51,11 +62,31 @@ class Sums:
         formula: what is summed, as outputs.
         terms: for each sum, the outputs whose product is summed, multiplied in float64.
         scalars: the numbers that the formula reads.
+        rows, columns: the outputs that are summed over each row, and over each column.
+        vectors: numbers among the scalars that are one for each row or column.
     """
 
     formula: Formula
     terms: tuple[tuple[str, ...], ...]
     scalars: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    vectors: Mapping[str, Domain] = dc.field(default_factory=dict)
+
+
+@dc.dataclass(frozen=True)
+class Transform:
+    """A function of matrices between two passes.
+
+    Args:
+        node: the call.
+        argument: the output of the level's stores that it is given.
+        result: the input of later passes that its value is.
+    """
+
+    node: Expr
+    argument: str
+    result: str
 
 
 @dc.dataclass(frozen=True)
@@ -65,14 +96,18 @@ class Level:
     Args:
         between: the names of the numbers that the pass reads.
         sums: what is summed; None if nothing.
-        reductions: the nodes that the sums are, in their order.
+        reductions: the nodes that the sums are: of its terms, of rows, of columns.
         everywhere: nodes that are sums over all tensors of numbers which are known now.
+        stores: what functions of matrices are given.
+        transforms: these functions.
     """
 
     between: tuple[str, ...]
     sums: Sums | None
     reductions: tuple[Expr, ...]
     everywhere: tuple[Expr, ...]
+    stores: Formula
+    transforms: tuple[Transform, ...]
 
 
 @dc.dataclass(frozen=True)
@@ -82,23 +117,30 @@ class Stages:
     Args:
         levels: the passes that find sums, in order.
         final: the outputs that are computed for each element.
-        scalars: what the kernels read: the formula's own, then the numbers of `between`.
+        scalars: what the kernels read: the formula's own, then those of `between`.
         between: name in the kernels -> node, of the numbers that are computed between passes.
-        numbers: outputs that are one number for the tensor, by letter.
-        sizes: nodes that are known before any pass: how many elements the tensor has.
+        vectors: those of them that are one for each row or column.
+        outside: outputs that are no elements: numbers, and states of rows and columns, by letter.
+        sizes: nodes that are known before any pass: how many elements, rows or columns the tensor has.
     """
 
     levels: tuple[Level, ...]
     final: Formula
     scalars: tuple[str, ...]
     between: Mapping[str, Expr]
-    numbers: Mapping[str, Expr]
+    vectors: Mapping[str, Domain]
+    outside: Mapping[str, Expr]
     sizes: tuple[Expr, ...]
 
     @property
     def sums_everywhere(self) -> int:
         """How many passes must be over before all sums over all tensors are known."""
         return max((k + 1 for k, level in enumerate(self.levels) if level.everywhere), default=0)
+
+    @property
+    def results(self) -> dict[str, MatrixCall]:
+        """The inputs of kernels that are values of functions of matrices."""
+        return {t.result: t.node.op for level in self.levels for t in level.transforms}
 
 
 class Values:
@@ -123,97 +165,138 @@ class Values:
         if node.op == "const":
             return node.value
         args = [self(arg) for arg in node.args]
+        if isinstance(node.op, MatrixCall):
+            return node.op(*args)
         return (_OPERATORS.get(node.op) or getattr(words, node.op))(*args)
 
 
 @dc.dataclass
 class _Cut:
-    """Numbers that kernels read, by name: found while formulas are cut at them."""
+    """What kernels read instead of nodes that are computed between passes: found while formulas are cut at them."""
 
     domains: Mapping[Expr, Domain]
     staged: set[Expr]
     taken: set[str]
-    names: dict[Expr, str] = dc.field(default_factory=dict)
+    numbers: dict[Expr, str] = dc.field(default_factory=dict)
+    results: dict[Expr, str] = dc.field(default_factory=dict)
 
     def __call__(self, node: Expr) -> Expr:
         """The node with what is computed between passes replaced by its name."""
+        if isinstance(node.op, MatrixCall):
+            return node.graph.name(self.results[node])
         if node in self.staged and self.domains[node] != Domain.ELEMENTS:
-            if node not in self.names:
-                number = len(self.names) + 1
-                while f"s{number}" in self.taken:
-                    number += 1
-                self.names[node] = f"s{number}"
-                self.taken.add(self.names[node])
-            return node.graph.name(self.names[node])
+            if node not in self.numbers:
+                self.numbers[node] = self.new("s")
+            return node.graph.name(self.numbers[node])
         return node.graph.node(node.op, *map(self, node.args)) if node.args else node
+
+    def new(self, letter: str) -> str:
+        """A name that nothing has yet."""
+        number = 1
+        while f"{letter}{number}" in self.taken:
+            number += 1
+        self.taken.add(f"{letter}{number}")
+        return f"{letter}{number}"
 
 
 def is_staged(formula: Formula) -> bool:
-    """Whether a formula needs more than one pass."""
-    return any(node.op in (*REDUCTIONS, "size", "everywhere") for node in used(formula.outputs.values()))
+    """Whether a formula needs more than one pass, or numbers of the tensor's shape."""
+    found = (*SUMS, *MEANS, *SIZES, "everywhere")
+    return any(node.op in found or isinstance(node.op, MatrixCall) for node in used(formula.outputs.values()))
 
 
-def cut(formula: Formula, scalars: tuple[str, ...]) -> Stages:
+def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Domain] | None = None) -> Stages:
     """Cut a formula into passes.
 
     Args:
         formula: the traced rule with its pieces; its inputs are tensors.
         scalars: the names of the numbers that it reads.
+        domains_of: what the inputs have a value for; None: all of them for each element.
 
     Raises:
         TypeError: a sum of something that is no tensor.
     """
+    inputs = {name: Domain.ELEMENTS for name in formula.inputs} | dict(domains_of or {})
     domains: dict[Expr, Domain] = {}
     levels: dict[Expr, int] = {}
     staged: set[Expr] = set()
-    reductions: list[Expr] = []
-    everywhere: list[Expr] = []
     for node in used(formula.outputs.values()):  # arguments come before their users
-        of = [domains[arg] for arg in node.args]
-        level = max((levels[arg] for arg in node.args), default=0)
+        of = Domain.join(domains[arg] for arg in node.args)
+        domain, level, is_sum = of, max((levels[arg] for arg in node.args), default=0), node.op in (*SUMS, *MEANS)
         if node.op == "name":
-            domain = Domain.ELEMENTS if node.value in formula.inputs else Domain.NUMBER
-        elif node.op in REDUCTIONS or node.op == "size":
-            if Domain.join(of) != Domain.ELEMENTS:
+            domain = inputs.get(node.value, Domain.NUMBER)
+        elif is_sum or node.op in SIZES:
+            if of == Domain.NUMBER:
                 raise TypeError(f"{node.op}() is about tensors; the rule gives it a number")
-            domain = Domain.NUMBER
-            staged.add(node)
-            if node.op != "size":
-                level += 1
-                reductions.append(node)
-        elif node.op == "everywhere":
-            if Domain.join(of) != Domain.NUMBER:
+            if of.is_vector and node.op not in MEANS:
                 raise TypeError(
-                    "everywhere() sums a number of each tensor, such as a dot(); the rule gives it a tensor"
+                    f"{node.op}() is about tensors; use row_mean() or column_mean() of numbers of columns or rows"
                 )
-            domain, level = Domain.NUMBER, max(level, 1)
+            domain = _MEANS[node.op](of) if node.op in MEANS else Domain.NUMBER
+            level += is_sum and of == Domain.ELEMENTS
+        elif isinstance(node.op, MatrixCall):
+            domain, level = Domain.ELEMENTS, level + 1
+        elif node.op == "everywhere":
+            if of != Domain.NUMBER:
+                raise TypeError("everywhere() is about a number of each tensor, such as a dot(); it got a tensor")
+            level = max(level, 1)
+        elif of == Domain.MATRIX:
+            raise TypeError("a state with the shape of a square matrix is for functions of matrices alone")
+        if is_sum or node.op in (*SIZES, "everywhere") or domain.is_vector or any(arg in staged for arg in node.args):
             staged.add(node)
-            everywhere.append(node)
-        else:
-            domain = Domain.join(of)
-            if any(arg in staged for arg in node.args):
-                staged.add(node)
         domains[node], levels[node] = domain, level
     replace = _Cut(domains, staged, {*formula.inputs, *scalars})
+    nodes = list(domains)
+    for node in nodes:
+        if isinstance(node.op, MatrixCall):
+            replace.results[node] = replace.new("u")
+
     passes = []
     for k in range(max(levels.values(), default=0)):
-        found = tuple(node for node in reductions if levels[node] == k + 1)
-        outputs = {f"x{i}_{j}": replace(arg) for i, node in enumerate(found) for j, arg in enumerate(node.args)}
-        sums = Sums(
-            Formula(formula.inputs, outputs),
-            tuple(tuple(f"x{i}_{j}" for j in range(len(node.args))) for i, node in enumerate(found)),
+        found = [n for n in nodes if levels[n] == k + 1 and n.op in (*SUMS, *MEANS) and levels[n.args[0]] <= k]
+        found = [n for n in found if domains[n.args[0]] == Domain.ELEMENTS]
+        found.sort(key=lambda n: ("row_mean", "column_mean").index(n.op) if n.op in MEANS else -1)
+        outputs = {f"x{i}_{j}": replace(arg) for i, n in enumerate(found) for j, arg in enumerate(n.args)}
+        of_op = {op: tuple(f"x{i}_0" for i, n in enumerate(found) if n.op == op) for op in MEANS}
+        terms = tuple(tuple(f"x{i}_{j}" for j in range(len(n.args))) for i, n in enumerate(found) if n.op in SUMS)
+        sums = Sums(Formula(formula.inputs, outputs), terms, (), of_op["row_mean"], of_op["column_mean"])
+        transforms, stores = [], {}
+        for node in nodes:
+            if isinstance(node.op, MatrixCall) and levels[node] == k + 1:
+                name = replace.new("b")
+                stores[name] = replace(node.args[0])
+                transforms.append(Transform(node, name, replace.results[node]))
+        over_all = tuple(node for node in nodes if node.op == "everywhere" and levels[node] == k + 1)
+        passes.append(
+            Level(
+                tuple(replace.numbers.values()),
+                sums if found else None,
+                tuple(found),
+                over_all,
+                Formula(formula.inputs, stores),
+                tuple(transforms),
+            )
         )
-        over_all = tuple(node for node in everywhere if levels[node] == k + 1)
-        passes.append(Level(tuple(replace.names.values()), sums if found else None, found, over_all))
-    numbers = {
-        letter: node for letter, node in formula if domains[node] == Domain.NUMBER and letter not in formula.inputs
-    }
-    final = Formula(formula.inputs, {letter: replace(node) for letter, node in formula if letter not in numbers})
-    between = {name: node for node, name in replace.names.items()}
-    complete = (*scalars, *between)
+    elements = {letter for letter, domain in inputs.items() if domain == Domain.ELEMENTS}
+    final = Formula(formula.inputs, {letter: replace(node) for letter, node in formula if letter in elements})
+    between = {name: node for node, name in replace.numbers.items()}
+    vectors = {name: domains[node] for name, node in between.items() if domains[node].is_vector}
+    complete = (*scalars, *(name for name in between if name not in vectors))
     passes = [
-        level if level.sums is None else dc.replace(level, sums=dc.replace(level.sums, scalars=complete))
+        dc.replace(level, sums=level.sums and dc.replace(level.sums, scalars=complete, vectors=vectors))
         for level in passes
     ]
-    sizes = tuple(node for node in domains if node.op == "size")
-    return Stages(tuple(passes), final, complete, between, numbers, sizes)
+    outside = {letter: node for letter, node in formula if letter not in elements and node.op != "name"}
+    sizes = tuple(node for node in nodes if node.op in SIZES and domains[node.args[0]] == Domain.ELEMENTS)
+    return Stages(tuple(passes), final, complete, between, vectors, outside, sizes)
+
+
+def _row_mean(of: Domain) -> Domain:
+    return {Domain.ELEMENTS: Domain.ROWS, Domain.COLUMNS: Domain.BATCH}.get(of, of)
+
+
+def _column_mean(of: Domain) -> Domain:
+    return {Domain.ELEMENTS: Domain.COLUMNS, Domain.ROWS: Domain.BATCH}.get(of, of)
+
+
+_MEANS = {"row_mean": _row_mean, "column_mean": _column_mean}

@@ -164,6 +164,8 @@ def kept_by(optimizer: "Optimizer", p: torch.Tensor) -> dict[str, Any]:
 def chosen(optimizer: "Optimizer", p: torch.Tensor, state: "State") -> tuple[Storage, str]:
     """What a new state of a parameter is stored as, and why not as `state_dtype` says."""
     wish = optimizer._options.state_dtype.get(state.name)
+    if wish == torch.int8 and state.like != "p":
+        return Storage(torch.float32), ""
     if wish is None:
         return Storage(torch.promote_types(p.dtype, torch.float32) if state.wide else p.dtype), ""
     if p.is_complex():
@@ -196,9 +198,21 @@ def find(kept: Mapping[str, Any], name: str) -> Cell | None:
     return None if values is None else Cell(Storage(values.dtype), values)
 
 
-def make(name: str, storage: Storage, p: torch.Tensor) -> tuple[Cell, dict[str, torch.Tensor]]:
-    """An unwritten cell for a state of a parameter, and its tensors as `optimizer.state[p]` names them."""
-    values = torch.empty_like(p, dtype=storage.dtype, memory_format=torch.preserve_format).detach()
+def make(
+    name: str, storage: Storage, p: torch.Tensor, shape: tuple[int, ...] | None = None
+) -> tuple[Cell, dict[str, torch.Tensor]]:
+    """An unwritten cell for a state of a parameter, and its tensors as `optimizer.state[p]` names them.
+
+    Args:
+        name: the state's.
+        storage: how it is stored.
+        p: the parameter.
+        shape: the state's; None or the parameter's: it lies in memory as the parameter does.
+    """
+    if shape is None or shape == tuple(p.shape):
+        values = torch.empty_like(p, dtype=storage.dtype, memory_format=torch.preserve_format).detach()
+    else:
+        values = torch.empty(shape, dtype=storage.dtype, device=p.device)
     absmax = torch.empty(blocks(p), dtype=torch.float32, device=p.device) if storage.blockwise else None
     cell = Cell(storage, values, absmax)
     return cell, dict(zip(keys_of(name, storage), cell.tensors, strict=True))

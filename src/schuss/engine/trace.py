@@ -34,10 +34,10 @@ class Expr(Operand):
 
     __slots__ = ("args", "graph", "op", "value")
 
-    def __init__(self, graph: "Graph", op: str, args: tuple["Expr", ...], value: Any = None) -> None:
+    def __init__(self, graph: "Graph", op: Any, args: tuple["Expr", ...], value: Any = None) -> None:
         self.graph, self.op, self.args, self.value = graph, op, args, value
 
-    def __formula__(self, word: str, args: tuple[Any, ...]) -> "Expr":
+    def __formula__(self, word: Any, args: tuple[Any, ...]) -> "Expr":
         return self.graph.node(word, *args)
 
 
@@ -51,8 +51,8 @@ class Graph:
         """The input called `name`."""
         return self._intern(("name", name), "name", (), name)
 
-    def node(self, op: str, *args: Any) -> Expr:
-        """`op` applied to `args`; numbers among them become constants."""
+    def node(self, op: Any, *args: Any) -> Expr:
+        """`op`, a word or a `MatrixCall`, applied to `args`; numbers among them become constants."""
         nodes = tuple(arg if isinstance(arg, Expr) else self.constant(arg) for arg in args)
         return self._intern((op, *(id(n) for n in nodes)), op, nodes)
 
@@ -62,7 +62,7 @@ class Graph:
             raise TypeError(f"a rule computes with arrays and numbers, got {type(value).__name__}: {value!r}")
         return self._intern(("const", type(value), repr(value)), "const", (), value)
 
-    def _intern(self, key: Any, op: str, args: tuple[Expr, ...], value: Any = None) -> Expr:
+    def _intern(self, key: Any, op: Any, args: tuple[Expr, ...], value: Any = None) -> Expr:
         if (node := self._nodes.get(key)) is None:
             node = self._nodes[key] = Expr(self, op, args, value)
         return node

@@ -90,7 +90,8 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     keys = ["key0", "key1"] if stochastic else []
     if stochastic:
         tile += ["random = random_bits(start + i, key0, key1)"]
-    loads = [_load(names[letter], storage, value) for letter, storage in layout.items()]
+    read = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
+    loads = [_load(names[letter], storage, value) for letter, storage in layout.items() if letter in read]
     addresses = [c.address for c in columns]
     arguments = ["start", "size", *addresses, *(names[name] for name in scalars), *keys]
     stream = ["stream = tl.load(streams + tensor)"] if stochastic else []

@@ -1,0 +1,117 @@
+"""The text of a CPU kernel that goes through matrices row by row: it reads, or sums, numbers of rows and columns."""
+
+from collections.abc import Mapping
+
+from schuss.engine.numba_kernel import ROW, Role, constants, native_digest, random_keys, scalars_row, taken
+from schuss.engine.stages import Domain, Sums
+from schuss.engine.storage import Layout, compute_dtype, slots
+from schuss.engine.text import call, dtype_name, indented, safe_names
+from schuss.engine.trace import Formula, to_source, used
+
+TABLES = (
+    "the table of data pointers [tensor, role]",
+    "each tensor's row of scalars",
+    "the rows of scalars",
+    "the random streams",
+    "the stretches: tensor, first row, rows, first stretch of columns",
+    "the addresses of numbers of rows and columns [tensor, name]",
+    "the shape: rows of a matrix, columns, tensors, rows of a tensor, stretches of columns",
+    "the sums of stretches",
+    "the sums of rows",
+    "the sums of stretches of columns",
+)
+"""What the context holds addresses of."""
+
+
+def rows_source(
+    title: str,
+    formula: Formula,
+    scalars: tuple[str, ...],
+    layout: Layout,
+    vectors: Mapping[str, Domain],
+    sums: Sums | None = None,
+) -> str:
+    """The text of a kernel that goes through a stretch of rows of a tensor of at least two dimensions.
+
+    Args:
+        title: what the kernel is, for its reader.
+        formula: what is stored, or summed.
+        scalars: names of the scalars, in the order of a row of the table.
+        layout: the storage of each role of the table of addresses.
+        vectors: the numbers of rows and columns, in the order of their addresses.
+        sums: how outputs are summed; None: they are stored.
+    """
+    value = dtype_name(compute_dtype(layout))
+    names = safe_names([*layout, *scalars, *vectors], taken())
+    lines, new = to_source(formula, call, constants(value), names)
+    read = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
+    stored = {} if sums is not None else {n: new[n] for n in layout if n in new and new[n] != names[n]}
+    role, columns = Role(names, value, "begin", "width"), slots(layout)
+    arrays = [role.array(k, n, part, layout[n]) for k, (n, part) in enumerate(columns) if n in read or n in stored]
+    loads = [role.load(letter, storage) for letter, storage in layout.items() if letter in read]
+    stores = [line for letter, result in stored.items() for line in role.store(letter, layout[letter], result)]
+    for k, (name, domain) in enumerate(vectors.items()):
+        if name in read:
+            at = "line // height * width" if domain == Domain.COLUMNS else "line"
+            count, own = ("width", f"{names[name]}_") if domain == Domain.COLUMNS else ("1", names[name])
+            array = f"carray(pointer(beside[{k}] + {at} * {int(value[-2:]) // 8}, {value}), ({count},))"
+            arrays.append(f"{own} = {array}" if domain == Domain.COLUMNS else f"{own} = {array}[0]")
+            loads += [f"{own[:-1]} = {own}[i]"] if domain == Domain.COLUMNS else []
+    before, after, at_end = [], [], []
+    if sums is not None:
+        for k, term in enumerate(sums.terms):
+            before.append(f"sum{k}_ = float64(0)")
+            stores.append(_add(f"sum{k}_", " * ".join(f"float64({new[output]})" for output in term)))
+            at_end.append(f"{_place(7, f'tensor_ * {len(sums.terms)} + {k}', '1')}[0] = sum{k}_")
+        for k, output in enumerate(sums.rows):
+            arrays.append(f"row{k}_ = float64(0)")
+            stores.append(_add(f"row{k}_", f"float64({new[output]})"))
+            after.append(f"{_place(8, f'({k} * shape[2] + tensor) * shape[3] + line', '1')}[0] = row{k}_")
+        for k, output in enumerate(sums.columns):
+            at = f"({k} * shape[4] + unit[3] + (line - unit[1]) // height) * width"
+            arrays.append(f"column{k}_ = {_place(9, at, 'width')}")
+            stores.append(f"column{k}_[i] += float64({new[output]})")
+    once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars) if name in read]
+    if stored and layout["p"].stochastic:
+        once += random_keys(names["step"])
+    table = ", ".join(f"{names[n]}: {storage}" for n, storage in layout.items() if n in read or n in stored)
+    loop = ["begin = line * width", *arrays, "for i in range(width):", *indented([*loads, *lines, *stores]), *after]
+    text = [
+        f'"""{title}\n',
+        f"One pass over {table}, row by row; computed in {value}.",
+        "context: addresses of",
+        *(f"    {what}{'.' if what == TABLES[-1] else ';'}" for what in TABLES),
+        f"Roles: {', '.join(f'{names[n]} {part}' for n, part in columns)}. Scalars: {', '.join(scalars) or 'none'}.",
+        f"Numbers of rows and columns: {', '.join(vectors) or 'none'}.\n" + '"""\n',
+        "import numpy as np",
+        "from numba import carray, cfunc, float32, float64, int32, int64, uint16, void\n",
+        f"from schuss.engine.native import *  # digest {native_digest()}\n\n",
+        '@cfunc(void(int64, int64, int64, int64), cache=True, error_model="numpy")',
+        "def kernel(context, tensor_, start, count):  # one call for each stretch",
+        *indented(
+            [
+                f"tables = carray(pointer(context, int64), ({len(TABLES)},))",
+                "unit = carray(pointer(tables[4] + tensor_ * 32, int64), (4,))",
+                "tensor = unit[0]",
+                f"at = carray(pointer(tables[0] + tensor * {8 * len(columns)}, int64), ({len(columns)},))",
+                f"beside = carray(pointer(tables[5] + tensor * {8 * len(vectors)}, int64), ({max(len(vectors), 1)},))",
+                "shape = carray(pointer(tables[6], int64), (5,))",
+                "height, width = shape[0], shape[1]",
+                *([ROW, scalars_row(value, len(scalars))] if once else []),
+                *once,
+                *before,
+                "for line in range(unit[1], unit[1] + unit[2]):",
+                *indented(loop),
+                *at_end,
+            ]
+        ),
+    ]
+    return "".join(f"{line}\n" for line in text)
+
+
+def _place(table: int, index: str, count: str) -> str:
+    return f"carray(pointer(tables[{table}] + ({index}) * 8, float64), ({count},))"
+
+
+def _add(total: str, term: str) -> str:
+    return f"{total} = add_in_any_order({total}, {term})"
