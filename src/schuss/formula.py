@@ -258,19 +258,20 @@ class MatrixCall:
         dtype: of the matrices that it is given and returns; None: what the rule computes in.
         settings: keyword arguments.
         there: which of its other arguments are not None.
+        square: whether the value is not like the first argument, but a square matrix.
     """
 
     function: Callable[..., torch.Tensor]
     dtype: torch.dtype | None
+    square: bool
     settings: tuple[tuple[str, Any], ...]
     there: tuple[bool, ...]
 
     def __call__(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        """The function's value, like x; of more than two dimensions x is a matrix with as many rows as its first has."""
+        """The function's value, in x's dtype; x of more dimensions is a matrix with as many rows as its first one has."""
         matrices = x.reshape(*x.shape[:1], -1)
-        return (
-            self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype).view_as(x)
-        )
+        value = self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype)
+        return value if self.square else value.view_as(x)
 
     def batch(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """The function's value, of matrices [batch, rows, columns] in its dtype."""
@@ -278,17 +279,21 @@ class MatrixCall:
         return self.function(x, *(next(given) if there else None for there in self.there), **dict(self.settings))
 
 
-def matrix_function(function: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> Callable[..., Any]:
+def matrix_function(
+    function: Callable[..., torch.Tensor], dtype: torch.dtype | None = None, *, square: bool = False
+) -> Callable[..., Any]:
     """A word for rules that is a function of whole matrices, run by torch between two passes.
 
     Args:
-        function: `function(x, *others, **settings)`, x: [batch, rows, columns]; others: what a rule keeps beside, or
-            None. It returns something like x, and changes nothing.
-        dtype: of x and of the value; None: what the rule computes in.
+        function: `function(x, *others, **settings)`, x: [batch, rows, columns]; others: states that are like "left" or
+            "right", or None. It returns something like x, and changes nothing.
+        dtype: of x, and of a value like it; None: what the rule computes in.
+        square: the value is a square matrix, for a state that is like "left" or "right".
     """
 
     def apply(x: Any, *others: Any, **settings: Any) -> Any:
-        call = MatrixCall(function, dtype, tuple(sorted(settings.items())), tuple(o is not None for o in others))
+        there = tuple(other is not None for other in others)
+        call = MatrixCall(function, dtype, square, tuple(sorted(settings.items())), there)
         args = (x, *(o for o in others if o is not None))
         return x.__formula__(call, args) if isinstance(x, Operand) else call(*args)
 

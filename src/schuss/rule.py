@@ -48,7 +48,7 @@ class State:
         number: it is one number for the tensor; the formula returns the new one, made of sums.
         like: what its shape is like: "p"; "rows" or "columns", one number for each row or column of the parameter's
             matrices, which are its last two dimensions; "left" or "right", a square matrix with the side of the
-            parameter as one matrix, for functions of matrices: the formula returns it as it is.
+            parameter as one matrix, for functions of matrices.
     """
 
     name: str
@@ -226,7 +226,7 @@ class Rule:
         return self._needs[variant]
 
     def chooses(self, key: str) -> bool:
-        """Whether the truth of a hyperparameter, or any of the choices, chooses the form of the rule or the back end."""
+        """Whether the truth of a hyperparameter chooses the form of the rule or the back end."""
         return key in self.flags or key in ENGINE_KEYS or any(state.when == key for state in self.states.values())
 
     def domains(self) -> dict[str, Domain]:

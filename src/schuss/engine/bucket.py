@@ -146,6 +146,7 @@ class Bucket(ABC):
         self._found = 0  # passes that have found their sums
         self._values = Values({})
         self._matrices: dict[str, torch.Tensor] = {}
+        self._new_beside: dict[str, torch.Tensor] = {}
         self._scalars: dict[str, Array] = {}
         self.hyper_changed = self.pieces_changed = True
         self._gain = 1.0
@@ -205,7 +206,18 @@ class Bucket(ABC):
                 self._take_outside(stages.outside)
             increment_version(self._updated)
             self._run(self._made.kernel)
-        self._grads, self._matrices = [], {}
+            self._write_beside()
+        self._grads, self._matrices, self._new_beside = [], {}, {}
+
+    @torch.no_grad()
+    def _write_beside(self) -> None:
+        """Write the new values of states that are no elements."""
+        for letter, value in self._new_beside.items():
+            name = self._rule.states[letter].name
+            there = [
+                (kept[name], new) for kept, new, active in zip(self._kept, value, self.active, strict=True) if active
+            ]
+            torch._foreach_copy_([old for old, _ in there], [new for _, new in there])
 
     @property
     def sums_everywhere(self) -> int:
@@ -236,13 +248,19 @@ class Bucket(ABC):
             dtype = transform.node.op.dtype or compute_dtype(self._layout)
             self._matrices[transform.argument] = make(count, p.shape[0], p[:1].numel(), dtype=dtype, device=p.device)
         self._store(kernel)
+        given = {name: self._matrices.pop(name) for name in {t.argument: None for t in level.transforms}}
         for transform in level.transforms:
-            others = [self._stacked(self._rule.states[arg.value].name) for arg in transform.node.args[1:]]
-            value = transform.node.op.batch(self._matrices.pop(transform.argument), *others)
-            self._matrices[transform.result] = value.contiguous()
+            value = transform.node.op.batch(given[transform.argument], *map(self._values, transform.node.args[1:]))
+            if transform.result is None:
+                self._values.known[transform.node] = value
+            else:
+                self._matrices[transform.result] = value.contiguous()
 
-    def _stacked(self, name: str) -> torch.Tensor:
-        return torch.stack([kept[name] for kept in self._kept])
+    def _states_beside(self) -> dict[str, torch.Tensor]:
+        """The states that are no elements, of all tensors, by letter."""
+        states = {letter: state.name for letter, state in self._rule.states.items() if state.like != "p"}
+        there = {letter: name for letter, name in states.items() if self._rule.letters(self._variant)[letter]}
+        return {letter: torch.stack([kept[name] for kept in self._kept]) for letter, name in there.items()}
 
     def _all_addresses(self) -> Array:
         """The table of addresses with columns for the matrices that are there."""
@@ -399,7 +417,7 @@ class Bucket(ABC):
             stores.append(
                 self._compile(level.stores, stages.scalars, layout, stages.vectors) if level.transforms else None
             )
-            there |= {t.result: t.node.op for t in level.transforms}
+            there |= {t.result: t.node.op for t in level.transforms if t.result is not None}
         final = self._compile(stages.final, stages.scalars, self._layout_with(there), stages.vectors)
         return Made(pieces, scalars, final, stages, tuple(sums), tuple(stores))
 
@@ -421,7 +439,7 @@ class CpuBucket(Bucket):
 
     def _start_stages(self) -> None:
         """Take up what is known before the first pass."""
-        self._found, self._values = 0, Values(self._scalars)
+        self._found, self._values = 0, Values({**self._scalars, **self._states_beside()})
         self._values.known |= {node: sizes_of(node, self.params) for node in self._stages.sizes}
 
     def _compile(
@@ -453,7 +471,10 @@ class CpuBucket(Bucket):
     def _take_outside(self, nodes: Mapping[str, Expr]) -> None:
         with np.errstate(all="ignore"):
             for letter, node in nodes.items():
-                self._new[:, self._scalar_names.index(self._rule.number_states[letter])] = self._values(node)
+                if (name := self._rule.number_states.get(letter)) is None:
+                    self._new_beside[letter] = self._values(node)
+                else:
+                    self._new[:, self._scalar_names.index(name)] = self._values(node)
 
     def _over_tensors(self, numbers: Any) -> float:
         return math.fsum(np.broadcast_to(numbers, len(self.params))[self.active].tolist())

@@ -112,7 +112,7 @@ def _apply(word: Any, args: Sequence[Any]) -> "Stack | Numbers":
             return Numbers([yes if condition else no for condition, yes, no in rows])
         return Stack([_where(dtype, *row) for row in rows], dtype)
     with np.errstate(all="ignore"):
-        results = [(word if isinstance(word, MatrixCall) else _ONE_BY_ONE[word])(*row) for row in rows]
+        results: list[Any] = [(word if isinstance(word, MatrixCall) else _ONE_BY_ONE[word])(*row) for row in rows]
     if word in ("dot", "total"):
         dtype = torch.float64
     return Stack(results, dtype) if stacks else Numbers(results)

@@ -107,7 +107,7 @@ class GpuBucket(Bucket):
             missing = len(stages.scalars) - len(numbers)
             table = [numbers.T, numbers.new_zeros(numbers.shape[1], missing)]
             self._device_table = torch.cat(table, dim=1).to(dtype)
-        self._found, self._values = 0, Values(known)
+        self._found, self._values = 0, Values(known | self._states_beside())
         self._values.known |= zip(stages.sizes, there_sizes, strict=True)
 
     @torch.no_grad()
@@ -138,8 +138,11 @@ class GpuBucket(Bucket):
     @torch.no_grad()
     def _take_outside(self, nodes: Mapping[str, Expr]) -> None:
         for letter, node in nodes.items():
-            k = list(self._rule.scalar_states).index(self._rule.number_states[letter])
-            self._new_numbers[k] = self._column(self._values(node), len(self._updated))
+            if (name := self._rule.number_states.get(letter)) is None:
+                self._new_beside[letter] = self._values(node)
+            else:
+                k = list(self._rule.scalar_states).index(name)
+                self._new_numbers[k] = self._column(self._values(node), len(self._updated))
 
     def _over_tensors(self, numbers: Any) -> torch.Tensor:
         if not isinstance(numbers, torch.Tensor) or not numbers.dim():

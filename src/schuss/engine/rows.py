@@ -11,9 +11,8 @@ from schuss.engine import numba
 from schuss.engine.bucket import Array, CpuBucket, sizes_of
 from schuss.engine.numba_rows import TABLES, rows_source
 from schuss.engine.stages import SUMS, Domain, Level, Sums, Values
-from schuss.engine.state import find
 from schuss.engine.storage import Layout, compute_dtype
-from schuss.engine.trace import Expr, Formula
+from schuss.engine.trace import Formula
 
 STRETCH = 2**16
 """Elements that one kernel call goes through, about: whole rows, and whole matrices if they are small."""
@@ -92,12 +91,6 @@ class RowsBucket(CpuBucket):
         numba.launch(
             self._threads, kernel, context.ctypes.data, self._unit_size, self._unit_weight, *self._per_tensor, self._new
         )
-        with torch.no_grad():
-            for letter, value in self._new_vectors.items():
-                name = self._rule.states[letter].name
-                for kept, new, active in zip(self._kept, value, self.active, strict=True):
-                    if active:
-                        kept[name].copy_(new)
 
     @property
     def _threads(self) -> int:
@@ -106,16 +99,11 @@ class RowsBucket(CpuBucket):
     # --- between passes ---------------------------------------------------------------------------------------------
 
     def _start_stages(self) -> None:
-        states = {letter: s.name for letter, s in self._rule.states.items() if s.like in ("rows", "columns")}
         known = {name: self._as_numbers(values) for name, values in self._scalars.items()}
-        for letter, name in states.items():
-            if find(self._kept[0], name) is not None:
-                known[letter] = self._stacked(name).to(torch.float64)
-        self._found, self._values = 0, Values(known)
+        self._found, self._values = 0, Values({**known, **self._states_beside()})
         self._values.known |= {n: self._as_numbers(sizes_of(n, self.params)) for n in self._stages.sizes}
         self._beside = np.zeros((len(self.params), len(self._stages.vectors)), np.int64)
         self._vectors: dict[str, torch.Tensor] = {}
-        self._new_vectors: dict[str, torch.Tensor] = {}
 
     def _as_numbers(self, values: Any) -> torch.Tensor:
         numbers = torch.from_numpy(np.array(values, np.float64))
@@ -159,13 +147,6 @@ class RowsBucket(CpuBucket):
             k = list(stages.vectors).index(name)
             step = vector[0].numel() * vector.element_size()
             self._beside[:, k] = vector.data_ptr() + np.arange(len(self.params)) * step
-
-    def _take_outside(self, nodes: Mapping[str, Expr]) -> None:
-        for letter, node in nodes.items():
-            if letter in self._rule.number_states:
-                super()._take_outside({letter: node})
-            else:
-                self._new_vectors[letter] = self._values(node)
 
     def _over_tensors(self, numbers: Any) -> float:
         return super()._over_tensors(numbers.reshape(-1).numpy())

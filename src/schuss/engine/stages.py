@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
+import torch
+
 from schuss import formula as words
 from schuss.engine.trace import Expr, Formula, used
 from schuss.formula import MatrixCall
@@ -40,7 +42,7 @@ class Domain(IntEnum):
     """Each column."""
     ELEMENTS = 4
     MATRIX = 5
-    """Something that only functions of matrices know."""
+    """Each element of a square matrix beside it."""
 
     @staticmethod
     def join(domains: Iterable["Domain"]) -> "Domain":
@@ -81,12 +83,12 @@ class Transform:
     Args:
         node: the call.
         argument: the output of the level's stores that it is given.
-        result: the input of later passes that its value is.
+        result: the input of later passes that its value is; None for a square matrix, which no kernel reads.
     """
 
     node: Expr
     argument: str
-    result: str
+    result: str | None
 
 
 @dc.dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Stages:
     @property
     def results(self) -> dict[str, MatrixCall]:
         """The inputs of kernels that are values of functions of matrices."""
-        return {t.result: t.node.op for level in self.levels for t in level.transforms}
+        return {t.result: t.node.op for level in self.levels for t in level.transforms if t.result is not None}
 
 
 class Values:
@@ -164,10 +166,22 @@ class Values:
             return self._names[node.value]
         if node.op == "const":
             return node.value
-        args = [self(arg) for arg in node.args]
+        args = _aligned([self(arg) for arg in node.args])
         if isinstance(node.op, MatrixCall):
             return node.op(*args)
         return (_OPERATORS.get(node.op) or getattr(words, node.op))(*args)
+
+
+def _aligned(args: list[Any]) -> list[Any]:
+    """Values to compute with: numbers of tensors [tensor] get the dimensions of the tensors' matrices beside them."""
+    largest = max(args, key=lambda arg: getattr(arg, "ndim", 0), default=0.0)
+    dimensions = getattr(largest, "ndim", 0)
+    if dimensions < 2 or not isinstance(largest, torch.Tensor):
+        return args
+    return [
+        torch.as_tensor(arg).to(largest).view(-1, *[1] * (dimensions - 1)) if getattr(arg, "ndim", 0) == 1 else arg
+        for arg in args
+    ]
 
 
 @dc.dataclass
@@ -182,7 +196,7 @@ class _Cut:
 
     def __call__(self, node: Expr) -> Expr:
         """The node with what is computed between passes replaced by its name."""
-        if isinstance(node.op, MatrixCall):
+        if node in self.results:
             return node.graph.name(self.results[node])
         if node in self.staged and self.domains[node] != Domain.ELEMENTS:
             if node not in self.numbers:
@@ -235,20 +249,20 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
             domain = _MEANS[node.op](of) if node.op in MEANS else Domain.NUMBER
             level += is_sum and of == Domain.ELEMENTS
         elif isinstance(node.op, MatrixCall):
-            domain, level = Domain.ELEMENTS, level + 1
+            domain, level = Domain.MATRIX if node.op.square else Domain.ELEMENTS, level + 1
         elif node.op == "everywhere":
             if of != Domain.NUMBER:
                 raise TypeError("everywhere() is about a number of each tensor, such as a dot(); it got a tensor")
             level = max(level, 1)
-        elif of == Domain.MATRIX:
-            raise TypeError("a state with the shape of a square matrix is for functions of matrices alone")
+        elif of == Domain.MATRIX and any(domains[arg] not in (of, Domain.NUMBER) for arg in node.args):
+            raise TypeError("square matrices beside a parameter are computed with numbers and each other alone")
         if is_sum or node.op in (*SIZES, "everywhere") or domain.is_vector or any(arg in staged for arg in node.args):
             staged.add(node)
         domains[node], levels[node] = domain, level
     replace = _Cut(domains, staged, {*formula.inputs, *scalars})
     nodes = list(domains)
     for node in nodes:
-        if isinstance(node.op, MatrixCall):
+        if isinstance(node.op, MatrixCall) and not node.op.square:
             replace.results[node] = replace.new("u")
 
     passes = []
@@ -263,9 +277,11 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
         transforms, stores = [], {}
         for node in nodes:
             if isinstance(node.op, MatrixCall) and levels[node] == k + 1:
-                name = replace.new("b")
-                stores[name] = replace(node.args[0])
-                transforms.append(Transform(node, name, replace.results[node]))
+                given = replace(node.args[0])
+                alike = [name for name, other in stores.items() if other is given]
+                name = alike[0] if alike else replace.new("b")
+                stores[name] = given
+                transforms.append(Transform(node, name, replace.results.get(node)))
         over_all = tuple(node for node in nodes if node.op == "everywhere" and levels[node] == k + 1)
         passes.append(
             Level(
