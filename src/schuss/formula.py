@@ -268,7 +268,7 @@ class MatrixCall:
     there: tuple[bool, ...]
 
     def __call__(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
-        """The function's value, in x's dtype; x of more dimensions is a matrix with as many rows as its first one has."""
+        """The value, in the dtype of x; x of more dimensions is a matrix whose rows are its first one."""
         matrices = x.reshape(*x.shape[:1], -1)
         value = self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype)
         return value if self.square else value.view_as(x)

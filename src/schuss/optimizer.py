@@ -71,6 +71,9 @@ class Optimizer(torch.optim.Optimizer):
     choices: ClassVar[tuple[str, ...]] = ()
     decay: ClassVar[Literal["l2", "decoupled"] | None] = None
     source: ClassVar[str] = ""
+    after_step: ClassVar[Callable[..., None] | None] = None
+    """Method `after_step(params)`: what a rule does to states once all parameters with a gradient, which it is given,
+    have been updated; for work that not every step has, such as new bases of matrices."""
     eager_state: ClassVar[bool] = False
     """Whether state is made by the constructor, not by the first step."""
 

@@ -304,6 +304,9 @@ class Plan:
         for bucket in self._buckets:
             bucket.launch()
         self._run_eager(optimizer, eager)
+        if optimizer.after_step is not None:
+            with torch.no_grad():
+                optimizer.after_step([e.p for e in self.entries if e.p.grad is not None])
         return True
 
     def _read_device(self) -> np.ndarray[Any, Any]:

@@ -274,7 +274,8 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
         of_op = {op: tuple(f"x{i}_0" for i, n in enumerate(found) if n.op == op) for op in MEANS}
         terms = tuple(tuple(f"x{i}_{j}" for j in range(len(n.args))) for i, n in enumerate(found) if n.op in SUMS)
         sums = Sums(Formula(formula.inputs, outputs), terms, (), of_op["row_mean"], of_op["column_mean"])
-        transforms, stores = [], {}
+        transforms: list[Transform] = []
+        stores: dict[str, Expr] = {}
         for node in nodes:
             if isinstance(node.op, MatrixCall) and levels[node] == k + 1:
                 given = replace(node.args[0])
