@@ -135,7 +135,7 @@ class Rule:
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
             raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")
-        known = {"step", "first", "gain", "decoupled", *self.scalar_states, *defaults}
+        known = {"step", "first", "gain", "decoupled", "dtype_eps", *self.scalar_states, *defaults}
         if unknown := [name for name in parameters(scalars) if name not in known]:
             raise TypeError(
                 f"{owner}.scalars takes {unknown[0]!r}, which is no hyperparameter and no scalar state; it may take "
@@ -175,6 +175,10 @@ class Rule:
     @cached_property
     def _scalar_arguments(self) -> tuple[str, ...]:
         return parameters(self.scalars)
+
+    def given(self, p: torch.Tensor) -> dict[str, float]:
+        """What the scalars want to know of a parameter: the epsilon of its dtype."""
+        return {"dtype_eps": torch.finfo(p.dtype).eps} if "dtype_eps" in self._scalar_arguments else {}
 
     @property
     def marks_first(self) -> bool:
@@ -261,7 +265,7 @@ class Rule:
 
         Args:
             hyper: what `unpack` returned (floats, float64 arrays with one element per row, or tensors).
-            kept: the scalar states before the step, and "first" where the plan marks it.
+            kept: the scalar states before the step, "first" where the plan marks it, and what `given` returned.
             gain: what the gradient is multiplied by, beside the sign.
             needed: the scalars that the formula reads.
 

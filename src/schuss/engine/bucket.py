@@ -386,7 +386,7 @@ class Bucket(ABC):
             kind = np.float64 if compute_dtype(self._layout) == torch.float64 else np.float32
             self._table = np.zeros((len(rows), width), kind)
         with np.errstate(all="ignore"):
-            scalars = rule.finish(self._columns, kept, gain, needed=names)
+            scalars = rule.finish(self._columns, kept | rule.given(self.params[0]), gain, needed=names)
             for k, name in enumerate(names):
                 self._table[:, k] = scalars[name]
         for k, name in enumerate(self._scalar_names):

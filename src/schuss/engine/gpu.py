@@ -215,7 +215,7 @@ class GpuBucket(Bucket):
             (self._updated_there,) = self._index.put(np.flatnonzero(self.active))
             kept["first"] = self._first[self._updated_there] != 0
         names, stages = self._made.scalars, self._made.stages
-        scalars = rule.finish(self._columns, kept, step.gain, needed=names)
+        scalars = rule.finish(self._columns, kept | rule.given(self.params[0]), step.gain, needed=names)
         count, dtype = len(self._updated), compute_dtype(self._layout)
         columns = [self._column(scalars[name], count) for name in names]
         self._known = dict(zip(names, columns, strict=True))

@@ -85,7 +85,7 @@ def where(typing_context, condition, yes, no):
 @intrinsic
 def add_in_any_order(typing_context, total, term):
     """A term added to a sum: the sum may be kept as a vector. A chunk's sum is the same whoever adds it."""
-    signature = types.float64(types.float64, types.float64)
+    signature = total(total, total)
 
     def generate(context, builder, signature, args):
         return builder.fadd(args[0], args[1], flags=("reassoc",))

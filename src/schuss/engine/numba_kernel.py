@@ -128,22 +128,22 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
     columns = slots(layout)
     letters = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
     read = [(k, letter, part) for k, (letter, part) in enumerate(columns) if letter in letters]
-    maps = list(
-        dict.fromkeys(layout[letter].dtype for letter in layout if letter in letters if layout[letter].blockwise)
-    )
-    totals = [f"sum{k}_" for k in range(len(sums.terms))]
-    products = [" * ".join(f"float64({new[output]})" for output in term) for term in sums.terms]
-    adds = [f"{total} = add_in_any_order({total}, {product})" for total, product in zip(totals, products, strict=True)]
-    begin, count = ("block", "n") if maps else ("start", "count")
-    role = Role(names, value, begin, count)
+    maps = list(dict.fromkeys(s.dtype for letter, s in layout.items() if letter in letters and s.blockwise))
+    role = Role(names, value, "block", "n")
+    totals = Totals(sums, new, value)
     body = [
-        *(role.array(k, letter, part, layout[letter]) for k, letter, part in read),
-        *(f"{names[letter]}_scale = {names[letter]}_absmax[0]" for _, letter, part in read if part == "absmax"),
-        f"for i in range({count}):",
-        *indented([*(role.load(letter, layout[letter]) for letter in layout if letter in letters), *lines, *adds]),
+        *_BLOCKS,
+        *indented(
+            [
+                *(role.array(k, letter, part, layout[letter]) for k, letter, part in read),
+                *(f"{names[letter]}_scale = {names[letter]}_absmax[0]" for _, letter, part in read if part == "absmax"),
+                "for i in range(n):",
+                *indented([*(role.load(n, s) for n, s in layout.items() if n in letters), *lines, *totals.keep]),
+                "for i in range(n):",
+                *indented(totals.add),
+            ]
+        ),
     ]
-    if maps:
-        body = [*_BLOCKS, *indented(body)]
     wanted = [(i, name) for i, name in enumerate(scalars) if name in letters]
     return "".join(
         f"{line}\n"
@@ -166,19 +166,43 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
                     "first = carray(pointer(tables[4] + tensor * 8, int64), (1,))[0]",
                     *([ROW, scalars_row(value, len(scalars))] if wanted else []),
                     *(f"{names[name]} = scalar[{i}]" for i, name in wanted),
-                    *(f"{total} = float64(0)" for total in totals),
+                    *totals.start,
                     *body,
-                    f"sums = carray(pointer(tables[3] + (first + start // {CHUNK}) * {8 * len(totals)}, float64), "
-                    f"({len(totals)},))",
-                    *(f"sums[{k}] = {total}" for k, total in enumerate(totals)),
+                    *totals.write(f"tables[3] + (first + start // {CHUNK})"),
                 ]
             ),
         )
     )
 
 
+class Totals:
+    """The statements of a kernel that sum products in float64.
+
+    A block's factors are kept before they are multiplied: in one loop with what has half the width, and takes far
+    longer, they would halve the length of its vectors.
+    """
+
+    def __init__(self, sums: Sums, outputs: Mapping[str, str], value: str) -> None:
+        factors = dict.fromkeys(outputs[output] for term in sums.terms for output in term)
+        kept = {text: f"factor{k}_" for k, text in enumerate(factors)}
+        self._count = len(sums.terms)
+        self.start = [f"sum{k}_ = float64(0)" for k in range(self._count)]
+        self.start += [f"{array} = carray(scratch({BLOCK}, {value}), ({BLOCK},))" for array in kept.values()]
+        self.keep = [f"{array}[i] = {text}" for text, array in kept.items()]
+        terms = [" * ".join(f"float64({kept[outputs[output]]}[i])" for output in term) for term in sums.terms]
+        self.add = [f"sum{k}_ = add_in_any_order(sum{k}_, {term})" for k, term in enumerate(terms)]
+
+    def write(self, place: str) -> list[str]:
+        """The statements that write the sums to a row of a table, of which `place` is the address in rows."""
+        base, _, row = place.partition(" + ")
+        return [
+            f"sums = carray(pointer({base} + {row} * {8 * self._count}, float64), ({self._count},))",
+            *(f"sums[{k}] = sum{k}_" for k in range(self._count)),
+        ]
+
+
 _BLOCKS = (f"for block in range(start, start + count, {BLOCK}):", f"    n = min({BLOCK}, start + count - block)")
-"""The loop over the blocks of 8-bit codes of a stretch."""
+"""The loop over the blocks of a stretch: those of 8-bit codes."""
 
 ROW = "row = int64(carray(pointer(tables[1] + tensor * 4, int32), (1,))[0])"
 

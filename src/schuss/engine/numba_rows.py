@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from schuss.engine.numba_kernel import ROW, Role, constants, native_digest, random_keys, scalars_row, taken
+from schuss.engine.numba_kernel import ROW, Role, Totals, constants, native_digest, random_keys, scalars_row, taken
 from schuss.engine.stages import Domain, Sums
-from schuss.engine.storage import Layout, compute_dtype, slots
+from schuss.engine.storage import BLOCK, Layout, compute_dtype, slots
 from schuss.engine.text import call, dtype_name, indented, safe_names
 from schuss.engine.trace import Formula, to_source, used
 
@@ -18,7 +18,7 @@ TABLES = (
     "the shape: rows of a matrix, columns, tensors, rows of a tensor, stretches of columns",
     "the sums of stretches",
     "the sums of rows",
-    "the sums of stretches of columns",
+    "the sums of stretches of columns, in the dtype that is computed in",
 )
 """What the context holds addresses of."""
 
@@ -46,36 +46,44 @@ def rows_source(
     lines, new = to_source(formula, call, constants(value), names)
     read = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
     stored = {} if sums is not None else {n: new[n] for n in layout if n in new and new[n] != names[n]}
-    role, columns = Role(names, value, "begin", "width"), slots(layout)
+    role, columns = Role(names, value, "begin", "n"), slots(layout)
     arrays = [role.array(k, n, part, layout[n]) for k, (n, part) in enumerate(columns) if n in read or n in stored]
     loads = [role.load(letter, storage) for letter, storage in layout.items() if letter in read]
     stores = [line for letter, result in stored.items() for line in role.store(letter, layout[letter], result)]
+    size, of_line, at_end, totals = (
+        int(value[-2:]) // 8,
+        [],
+        [],
+        Totals(sums, new, value) if sums and sums.terms else None,
+    )
     for k, (name, domain) in enumerate(vectors.items()):
-        if name in read:
-            at = "line // height * width" if domain == Domain.COLUMNS else "line"
-            count, own = ("width", f"{names[name]}_") if domain == Domain.COLUMNS else ("1", names[name])
-            array = f"carray(pointer(beside[{k}] + {at} * {int(value[-2:]) // 8}, {value}), ({count},))"
-            arrays.append(f"{own} = {array}" if domain == Domain.COLUMNS else f"{own} = {array}[0]")
-            loads += [f"{own[:-1]} = {own}[i]"] if domain == Domain.COLUMNS else []
-    before, after, at_end = [], [], []
+        if name in read and domain == Domain.COLUMNS:
+            at = f"(line // height * width + block) * {size}"
+            arrays.append(f"{names[name]}_ = carray(pointer(beside[{k}] + {at}, {value}), (n,))")
+            loads.append(f"{names[name]} = {names[name]}_[i]")
+        elif name in read:
+            of_line.append(f"{names[name]} = carray(pointer(beside[{k}] + line * {size}, {value}), (1,))[0]")
+    after = []
     if sums is not None:
-        for k, term in enumerate(sums.terms):
-            before.append(f"sum{k}_ = float64(0)")
-            stores.append(_add(f"sum{k}_", " * ".join(f"float64({new[output]})" for output in term)))
-            at_end.append(f"{_place(7, f'tensor_ * {len(sums.terms)} + {k}', '1')}[0] = sum{k}_")
         for k, output in enumerate(sums.rows):
-            arrays.append(f"row{k}_ = float64(0)")
-            stores.append(_add(f"row{k}_", f"float64({new[output]})"))
-            after.append(f"{_place(8, f'({k} * shape[2] + tensor) * shape[3] + line', '1')}[0] = row{k}_")
+            of_line.append(f"row{k}_ = float64(0)")
+            arrays.append(f"part{k}_ = {value}(0)")
+            stores.append(f"part{k}_ = add_in_any_order(part{k}_, {new[output]})")
+            after.append(f"row{k}_ += float64(part{k}_)")
+            at = f"(({k} * shape[2] + tensor) * shape[3] + line) * 8"
+            at_end.append(f"carray(pointer(tables[8] + {at}, float64), (1,))[0] = row{k}_")
         for k, output in enumerate(sums.columns):
-            at = f"({k} * shape[4] + unit[3] + (line - unit[1]) // height) * width"
-            arrays.append(f"column{k}_ = {_place(9, at, 'width')}")
-            stores.append(f"column{k}_[i] += float64({new[output]})")
+            at = f"({k} * shape[4] + unit[3] + (line - unit[1]) // height) * width + block"
+            arrays.append(f"column{k}_ = carray(pointer(tables[9] + ({at}) * {size}, {value}), (n,))")
+            stores.append(f"column{k}_[i] += {new[output]}")
     once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars) if name in read]
     if stored and layout["p"].stochastic:
         once += random_keys(names["step"])
     table = ", ".join(f"{names[n]}: {storage}" for n, storage in layout.items() if n in read or n in stored)
-    loop = ["begin = line * width", *arrays, "for i in range(width):", *indented([*loads, *lines, *stores]), *after]
+    loop = [f"n = min({BLOCK}, width - block)", "begin = line * width + block", *arrays, "for i in range(n):"]
+    loop += indented([*loads, *lines, *stores, *(totals.keep if totals else [])])
+    loop += ["for i in range(n):", *indented(totals.add)] if totals else []
+    loop = [*of_line, f"for block in range(0, width, {BLOCK}):", *indented([*loop, *after]), *at_end]
     text = [
         f'"""{title}\n',
         f"One pass over {table}, row by row; computed in {value}.",
@@ -99,19 +107,11 @@ def rows_source(
                 "height, width = shape[0], shape[1]",
                 *([ROW, scalars_row(value, len(scalars))] if once else []),
                 *once,
-                *before,
+                *(totals.start if totals else []),
                 "for line in range(unit[1], unit[1] + unit[2]):",
                 *indented(loop),
-                *at_end,
+                *(totals.write("tables[7] + tensor_") if totals else []),
             ]
         ),
     ]
     return "".join(f"{line}\n" for line in text)
-
-
-def _place(table: int, index: str, count: str) -> str:
-    return f"carray(pointer(tables[{table}] + ({index}) * 8, float64), ({count},))"
-
-
-def _add(total: str, term: str) -> str:
-    return f"{total} = add_in_any_order({total}, {term})"

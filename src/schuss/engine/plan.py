@@ -342,7 +342,7 @@ class Plan:
             if (g := e.p.grad) is None:
                 continue
             group, kept = optimizer.param_groups[e.group], kept_by(optimizer, e.p)
-            before = {name: kept[name].item() for name in rule.scalar_states}
+            before = {name: kept[name].item() for name in rule.scalar_states} | rule.given(e.p)
             if rule.marks_first:
                 before["first"] = id(e.p) in self._first
             differentiable = bool(group.get("differentiable"))

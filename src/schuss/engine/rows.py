@@ -115,7 +115,7 @@ class RowsBucket(CpuBucket):
         count, batch = len(self.params), self.params[0].shape[:-2]
         sums = np.zeros((len(self._units), len(level.sums.terms)))
         of_rows = np.zeros((len(level.sums.rows), count, matrices * height))
-        of_columns = np.zeros((len(level.sums.columns), self._blocks, width))
+        of_columns = np.zeros((len(level.sums.columns), self._blocks, width), self._table.dtype)
         context = self._context(sums, of_rows, of_columns)
         numba.sweep(self._threads, kernel, context.ctypes.data, self._unit_size, self._unit_weight)
         results: dict[str, list[torch.Tensor]] = {op: [] for op in (*SUMS, "row_mean", "column_mean")}
@@ -128,7 +128,7 @@ class RowsBucket(CpuBucket):
             results["row_mean"].append(torch.from_numpy(rows / width).view(count, *batch, height, 1))
         for columns in of_columns:
             total = np.zeros((count * matrices, width))
-            total[self._matrices_with_blocks] = np.add.reduceat(columns, self._first_block, axis=0)
+            total[self._matrices_with_blocks] = np.add.reduceat(columns, self._first_block, axis=0, dtype=np.float64)
             results["column_mean"].append(torch.from_numpy(total / height).view(count, *batch, 1, width))
         return [*results["dot"], *results["row_mean"], *results["column_mean"]]
 

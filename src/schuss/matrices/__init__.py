@@ -1,0 +1,1 @@
+"""Functions of matrices, batched, on plain tensors."""
