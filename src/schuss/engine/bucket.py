@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
@@ -404,27 +404,42 @@ class Bucket(ABC):
         return is_staged(self._rule.trace(self._variant, pieces)[0])
 
     def _make(self, pieces: Pieces) -> Made:
-        formula, scalars = scalars_of(self._rule, self._variant, pieces, self._layout)
-        if not is_staged(formula):
-            return Made(pieces, scalars, self._compile(formula, scalars, self._layout, {}))
-        stages = cut(formula, scalars, self._rule.domains())
-        there: dict[str, MatrixCall] = {}
-        sums, stores = [], []
-        for level in stages.levels:
-            layout = self._layout_with(there)
-            sums.append(None if level.sums is None else self._compile_sums(level.sums, layout))
-            layout = self._layout_with(there | {t.argument: t.node.op for t in level.transforms})
-            stores.append(
-                self._compile(level.stores, stages.scalars, layout, stages.vectors) if level.transforms else None
-            )
-            there |= {t.result: t.node.op for t in level.transforms if t.result is not None}
-        final = self._compile(stages.final, stages.scalars, self._layout_with(there), stages.vectors)
-        return Made(pieces, scalars, final, stages, tuple(sums), tuple(stores))
+        return make(self._rule, self._variant, pieces, self._layout, self._compile, self._compile_sums)
 
-    def _layout_with(self, calls: Mapping[str, MatrixCall]) -> Layout:
-        """The layout with roles for the arguments and values of functions of matrices."""
-        own = compute_dtype(self._layout)
-        return {**self._layout, **{name: Storage(call.dtype or own) for name, call in calls.items()}}
+
+def make(
+    rule: Rule,
+    variant: Variant,
+    pieces: Pieces,
+    layout: Layout,
+    compile_kernel: Callable[[Formula, tuple[str, ...], Layout, Mapping[str, Domain]], Any],
+    compile_sums: Callable[[Sums, Layout], Any],
+) -> Made:
+    """What a form of a rule is run by.
+
+    Args:
+        rule, variant, pieces: the form.
+        layout: how its roles are stored.
+        compile_kernel: makes the kernel of a formula, its scalars, a layout, and its numbers of rows and columns.
+        compile_sums: makes the kernel of sums and a layout.
+    """
+    formula, scalars = scalars_of(rule, variant, pieces, layout)
+    if not is_staged(formula):
+        return Made(pieces, scalars, compile_kernel(formula, scalars, layout, {}))
+    stages, own = cut(formula, scalars, rule.domains()), compute_dtype(layout)
+
+    def with_matrices(calls: Mapping[str, MatrixCall]) -> Layout:
+        return {**layout, **{name: Storage(call.dtype or own) for name, call in calls.items()}}
+
+    there: dict[str, MatrixCall] = {}
+    sums, stores = [], []
+    for level in stages.levels:
+        sums.append(None if level.sums is None else compile_sums(level.sums, with_matrices(there)))
+        given = with_matrices(there | {t.argument: t.node.op for t in level.transforms})
+        stores.append(compile_kernel(level.stores, stages.scalars, given, stages.vectors) if level.transforms else None)
+        there |= {t.result: t.node.op for t in level.transforms if t.result is not None}
+    final = compile_kernel(stages.final, stages.scalars, with_matrices(there), stages.vectors)
+    return Made(pieces, scalars, final, stages, tuple(sums), tuple(stores))
 
 
 class CpuBucket(Bucket):

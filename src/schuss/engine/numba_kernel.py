@@ -3,6 +3,7 @@
 import builtins
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -137,10 +138,10 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
             [
                 *(role.array(k, letter, part, layout[letter]) for k, letter, part in read),
                 *(f"{names[letter]}_scale = {names[letter]}_absmax[0]" for _, letter, part in read if part == "absmax"),
+                *totals.of_block,
                 "for i in range(n):",
-                *indented([*(role.load(n, s) for n, s in layout.items() if n in letters), *lines, *totals.keep]),
-                "for i in range(n):",
-                *indented(totals.add),
+                *indented([*(role.load(n, s) for n, s in layout.items() if n in letters), *lines, *totals.add]),
+                *totals.end_block,
             ]
         ),
     ]
@@ -150,7 +151,7 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
         for line in (
             f'"""{title}\n',
             f"Sums over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in layout if letter in letters)}; "
-            f"computed in {value}, summed in float64.",
+            f"computed in {value}, blocks summed in float64.",
             f"context: addresses of the table of data pointers [tensor, {len(columns)}], of each tensor's row, of the",
             f'rows of scalars ({", ".join(scalars)}), of all chunks\' sums, and of each tensor\'s first chunk.\n"""\n',
             "import numpy as np",
@@ -175,22 +176,25 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
     )
 
 
-class Totals:
-    """The statements of a kernel that sum products in float64.
+def factor(text: str) -> str:
+    """An expression as a factor."""
+    return text if re.fullmatch(r"\w+(\(.*\))?", text) else f"({text})"
 
-    A block's factors are kept before they are multiplied: in one loop with what has half the width, and takes far
-    longer, they would halve the length of its vectors.
+
+class Totals:
+    """The statements of a kernel that sum products.
+
+    Those of a block are multiplied and added in the dtype that is computed in, the blocks in float64. To widen every
+    term would halve the length of the vectors in which everything else is computed, and take longer than the memory.
     """
 
     def __init__(self, sums: Sums, outputs: Mapping[str, str], value: str) -> None:
-        factors = dict.fromkeys(outputs[output] for term in sums.terms for output in term)
-        kept = {text: f"factor{k}_" for k, text in enumerate(factors)}
-        self._count = len(sums.terms)
+        terms = [" * ".join(factor(outputs[output]) for output in term) for term in sums.terms]
+        self._count = len(terms)
         self.start = [f"sum{k}_ = float64(0)" for k in range(self._count)]
-        self.start += [f"{array} = carray(scratch({BLOCK}, {value}), ({BLOCK},))" for array in kept.values()]
-        self.keep = [f"{array}[i] = {text}" for text, array in kept.items()]
-        terms = [" * ".join(f"float64({kept[outputs[output]]}[i])" for output in term) for term in sums.terms]
-        self.add = [f"sum{k}_ = add_in_any_order(sum{k}_, {term})" for k, term in enumerate(terms)]
+        self.of_block = [f"part{k}_ = {value}(0)" for k in range(self._count)]
+        self.add = [f"part{k}_ = add_in_any_order(part{k}_, {term})" for k, term in enumerate(terms)]
+        self.end_block = [f"sum{k}_ += float64(part{k}_)" for k in range(self._count)]
 
     def write(self, place: str) -> list[str]:
         """The statements that write the sums to a row of a table, of which `place` is the address in rows."""

@@ -67,9 +67,9 @@ def rows_source(
     if sums is not None:
         for k, output in enumerate(sums.rows):
             of_line.append(f"row{k}_ = float64(0)")
-            arrays.append(f"part{k}_ = {value}(0)")
-            stores.append(f"part{k}_ = add_in_any_order(part{k}_, {new[output]})")
-            after.append(f"row{k}_ += float64(part{k}_)")
+            arrays.append(f"of_row{k}_ = {value}(0)")
+            stores.append(f"of_row{k}_ = add_in_any_order(of_row{k}_, {new[output]})")
+            after.append(f"row{k}_ += float64(of_row{k}_)")
             at = f"(({k} * shape[2] + tensor) * shape[3] + line) * 8"
             at_end.append(f"carray(pointer(tables[8] + {at}, float64), (1,))[0] = row{k}_")
         for k, output in enumerate(sums.columns):
@@ -80,10 +80,16 @@ def rows_source(
     if stored and layout["p"].stochastic:
         once += random_keys(names["step"])
     table = ", ".join(f"{names[n]}: {storage}" for n, storage in layout.items() if n in read or n in stored)
-    loop = [f"n = min({BLOCK}, width - block)", "begin = line * width + block", *arrays, "for i in range(n):"]
-    loop += indented([*loads, *lines, *stores, *(totals.keep if totals else [])])
-    loop += ["for i in range(n):", *indented(totals.add)] if totals else []
-    loop = [*of_line, f"for block in range(0, width, {BLOCK}):", *indented([*loop, *after]), *at_end]
+    of_block, add, end_block = (totals.of_block, totals.add, totals.end_block) if totals else ([], [], [])
+    loop = [
+        f"n = min({BLOCK}, width - block)",
+        "begin = line * width + block",
+        *arrays,
+        *of_block,
+        "for i in range(n):",
+    ]
+    loop += [*indented([*loads, *lines, *stores, *add]), *end_block, *after]
+    loop = [*of_line, f"for block in range(0, width, {BLOCK}):", *indented(loop), *at_end]
     text = [
         f'"""{title}\n',
         f"One pass over {table}, row by row; computed in {value}.",

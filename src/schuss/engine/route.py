@@ -104,7 +104,7 @@ def _obstacle(
     if not is_dense(p):
         return "reference", "view with gaps or overlaps"
     rule, kept = optimizer._rule, kept_by(optimizer, p)
-    if (why := _missing_form(rule.needs(rule.variant(group, p)), compiler, p)) is not None:
+    if (why := missing_form(rule.needs(rule.variant(group, p)), compiler, p)) is not None:
         return "reference", why
     cells = [cell for s in rule.states.values() if s.like == "p" and (cell := find(kept, s.name)) is not None]
     tensors = [*(cell.values for cell in cells), *([kept[COMPENSATION]] if COMPENSATION in kept else [])]
@@ -129,7 +129,7 @@ def _obstacle(
     return None
 
 
-def _missing_form(needs: Collection[str], compiler: str, p: torch.Tensor) -> str | None:
+def missing_form(needs: Collection[str], compiler: str, p: torch.Tensor) -> str | None:
     """Why a compiler has no kernel for a formula."""
     if "vectors" in needs and compiler == "triton":
         return "means of rows and columns"

@@ -54,7 +54,7 @@ class RowsBucket(CpuBucket):
             for matrix in (range(matrices) if step < height else [0])
             for start in range(matrix * height, (matrix + 1) * height if step < height else matrices * height, step)
         ]
-        ends = [*firsts[1:], matrices * height]
+        ends = [*firsts[1:], matrices * height][: len(firsts)]
         blocks = [-(-(end - first) // height) for first, end in zip(firsts, ends, strict=True)] if height else []
         units, block = [], 0
         for tensor in np.flatnonzero(self.active):

@@ -497,7 +497,9 @@ class Resources:
     """Of registers that are written to memory and read back."""
 
 
-def compiled(label: str, source: str, layout: Layout, arch: str = "sm_90", skip: bool = False) -> Machine:
+def compiled(
+    label: str, source: str, layout: Layout, arch: str = "sm_90", skip: bool = False, *, sums: bool = False
+) -> Machine:
     """The machine code of a kernel's text, which takes no GPU.
 
     Args:
@@ -505,6 +507,7 @@ def compiled(label: str, source: str, layout: Layout, arch: str = "sm_90", skip:
         layout: the layout that the text was made for.
         arch: what it is compiled for, as `sm_90`.
         skip: whether the kernel is launched with a tensor `skip`.
+        sums: whether the text is that of a kernel that sums.
 
     Raises:
         ValueError: `arch` has another form.
@@ -519,10 +522,10 @@ def compiled(label: str, source: str, layout: Layout, arch: str = "sm_90", skip:
     from triton.compiler import ASTSource
 
     table = "*fp64" if compute_dtype(layout) == torch.float64 else "*fp32"
-    types = dict(zip(TABLES, ("*i32", "*i64", "*i64", "*i32", table, "*i64", table, "*fp32"), strict=True))
-    absent = [
-        name for name, there in (("streams", layout["p"].stochastic), ("factor", False), ("skip", skip)) if not there
-    ]
+    kinds = {"work": "*i32", "row_of": "*i32", "table": table, "factor": table, "skip": "*fp32", "sums": "*fp64"}
+    types = {name: kinds.get(name, "*i64") for name in (SUM_TABLES if sums else TABLES)}
+    optional = {"streams": layout["p"].stochastic, "factor": False, "skip": skip}
+    absent = [name for name in types if not optional.get(name, True)]
     constants = {"CHUNK": CHUNK} | dict.fromkeys(absent)
     text = ASTSource(load(label, source), types | dict.fromkeys(constants, "constexpr"), constants)
     made = triton.compile(text, target=GPUTarget("cuda", int(match[1]), 32), options=OPTIONS)
