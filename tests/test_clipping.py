@@ -244,3 +244,24 @@ def test_bad_options(options, error, message):
     with pytest.raises(error) as caught:
         optim.SGD([torch.zeros(2)], **options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["foreach", "reference"])
+def test_steps_without_kernels_are_left_out_by_the_host(backend, monkeypatch):
+    """As on a device without kernels, where the norm is a tensor that waits there."""
+    from schuss.engine import clip
+
+    there = clip._square_sum
+    monkeypatch.setattr(clip, "_square_sum", lambda g: torch.as_tensor(there(g), dtype=torch.float64))
+    params = parameters()
+    optimizer = optim.AdamW(params, max_norm=1.0, nonfinite="skip", backend=backend)
+    give_gradients(params, 0)
+    params[0].grad[0, 0] = math.nan
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(map(torch.equal, before, params))
+    give_gradients(params, 1)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert not torch.equal(before[0], params[0])

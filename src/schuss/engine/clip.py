@@ -53,7 +53,11 @@ def clip(
         eager: the gradients of tensors that are in none.
         gain: what undoes a GradScaler.
     """
-    squares = [bucket.square_sum() for bucket in buckets] + [_square_sum(g) for g in eager]
+    squares = [bucket.square_sum() for bucket in buckets]
+    skips_there = all(bucket.on_device for bucket in buckets) and bool(buckets)
+    for g in eager:
+        squares.append(_square_sum(g))
+        skips_there = False  # nothing but kernels can leave a step out that the host does not know of
     here = [square for square in squares if isinstance(square, float)]
     pending = [square for square in squares if isinstance(square, torch.Tensor)]
     max_norm = options.max_norm
@@ -68,7 +72,7 @@ def clip(
     norm_there = total.sqrt() * (gain.to(device).abs() if isinstance(gain, torch.Tensor) else abs(gain))
     factor = (max_norm / (norm_there + SMALL)).clamp(max=1.0)
     broken, known = None, 0.0
-    if options.nonfinite == "skip" and all(bucket.on_device for bucket in buckets):
+    if options.nonfinite == "skip" and skips_there:
         broken = ~norm_there.isfinite()
     elif options.nonfinite != "propagate":
         known = norm_there.item()
