@@ -44,6 +44,15 @@ RULES: dict[str, dict[str, object]] = {
     "Rprop": {},
     "ADOPT": {},
     "Lion": {},
+    "NAdamW": {},
+    "AdaBelief": {},
+    "Adan": {},
+    "AdEMAMix": {},
+    "LaProp": {},
+    "Signum": {},
+    "ScheduleFreeSGD": {},
+    "ScheduleFreeAdamW": {},
+    "ScheduleFreeRAdam": {},
 }
 CLASSES = {"AMSGrad": "Adam"}
 
@@ -145,6 +154,83 @@ def rules_table(which: str, dtype: torch.dtype, only: list[str], seconds: float)
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
         del ours, variants, functions, triad
         gc.collect()
+
+
+SUMS: dict[str, tuple[str, dict[str, object], str]] = {
+    "LARS": ("LARS", {}, "LARS"),
+    "LAMB": ("LAMB", {}, "Lamb"),
+    "StableAdamW": ("StableAdamW", {}, "StableAdamW"),
+    "MARS": ("MARS", {}, "MARS"),
+    "Prodigy": ("Prodigy", {}, "Prodigy"),
+    "Adafactor": ("Adafactor", {}, "AdaFactor"),
+    "Schedule-Free AdamW": ("ScheduleFreeAdamW", {}, "ScheduleFreeAdamW"),
+    "AdamW, cautious": ("AdamW", {"cautious": True}, ""),
+}
+"""Rules that need more than one pass, or that torch lacks: class, settings, and pytorch_optimizer's name."""
+
+
+def peer(name: str, params: list[torch.nn.Parameter], **settings: object) -> Any:
+    """pytorch_optimizer's optimizer, if that library happens to be installed."""
+    try:
+        import pytorch_optimizer
+    except ImportError:
+        return None
+    return getattr(pytorch_optimizer, name)(params, **settings) if name else None
+
+
+def sums_table(seconds: float) -> None:
+    """Rules with sums against AdamW, torch's form, and pytorch_optimizer's if it is installed."""
+    print("\n### Rules with sums: 32 tensors of 1024x1024 and 1000 tensors of 64, ms per step\n")
+    print(
+        "| rule | bytes per element | schuss | AdamW | of bandwidth limit | torch | pytorch_optimizer | small | AdamW |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    shared, small = parameters(SETS["big"], torch.float32), parameters(SETS["small"], torch.float32)
+    adamw, small_adamw = optim.AdamW(shared), optim.AdamW(small)
+    for label, (name, settings, theirs) in SUMS.items():
+        ours, ours_small = (getattr(optim, name)(params, **settings) for params in (shared, small))
+        in_torch = getattr(torch.optim, name, None) if not settings else None
+        other = in_torch(shared) if in_torch is not None else None
+        third = peer(theirs, shared)
+        ours.step()
+        moved = ours.plan().traffic_bytes
+        functions = [ours.step, adamw.step, Triad(moved), *(o.step for o in (other, third) if o is not None)]
+        results = interleaved(functions, seconds)
+        rest = iter(results[3:])
+        cells = [f"{next(rest):.1f}" if o is not None else "-" for o in (other, third)]
+        tiny = interleaved([ours_small.step, small_adamw.step], seconds / 2)
+        limit = f"{results[2] / results[0]:.2f}"
+        per_element = moved / sum(p.numel() for p in shared)
+        row = [f"{per_element:.0f}", *(f"{t:.1f}" for t in results[:2]), limit, *cells, *(f"{t:.2f}" for t in tiny)]
+        print(f"| {label} | {' | '.join(row)} |", flush=True)
+        del ours, ours_small, other, third, functions
+        gc.collect()
+
+
+def matrices_table(seconds: float) -> None:
+    """Muon and its kin against torch and pytorch_optimizer."""
+    print("\n### Rules with functions of matrices, ms per step\n")
+    print("| rule | matrices | schuss | torch | pytorch_optimizer | torch / schuss | pytorch_optimizer / schuss |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    d = 768
+    layer = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]
+    rows = [
+        ("Muon", "GPT-2 small, 2 layers of 4", layer * 2, {}),
+        ("NorMuon", "GPT-2 small, 2 layers of 4", layer * 2, {}),
+        ("SOAP", "8 of 1024x1024", [(1024, 1024)] * 8, {}),
+        ("Shampoo", "8 of 1024x1024", [(1024, 1024)] * 8, {}),
+    ]
+    for name, which, shapes, settings in rows:
+        shared = parameters(shapes, torch.float32)
+        ours = getattr(optim, name)(shared, **settings)
+        in_torch = getattr(torch.optim, name, None)
+        others = [in_torch(shared) if in_torch else None, peer(name, shared) if name in ("Muon", "SOAP") else None]
+        functions = [ours.step, *(o.step for o in others if o is not None)]
+        mine, *rest_of = interleaved(functions, 4 * seconds)
+        rest = iter(rest_of)
+        times = [next(rest) if o is not None else None for o in others]
+        cells = [f"{t:.0f}" if t else "-" for t in times] + [f"{t / mine:.2f}" if t else "-" for t in times]
+        print(f"| {name} | {which} | {mine:.0f} | {' | '.join(cells)} |", flush=True)
 
 
 STORAGES: dict[str, tuple[torch.dtype, dict[str, object]]] = {
@@ -300,7 +386,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="shorter measurements")
     parser.add_argument("--only", default="", help="classes, comma-separated")
-    parser.add_argument("--tables", default="big,small,gpt2,bfloat16,storage,around,groups,memory,startup")
+    parser.add_argument(
+        "--tables", default="big,small,gpt2,bfloat16,sums,matrices,storage,around,groups,memory,startup"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -314,6 +402,10 @@ def main() -> None:
             rules_table(which, torch.float32, only, seconds)
     if "bfloat16" in tables:
         rules_table("big", torch.bfloat16, only, seconds)
+    if "sums" in tables:
+        sums_table(seconds)
+    if "matrices" in tables:
+        matrices_table(seconds)
     if "storage" in tables:
         storage_table(seconds)
     if "around" in tables:

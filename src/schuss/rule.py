@@ -11,7 +11,7 @@ import torch
 
 from schuss.bounds import number
 from schuss.engine.pieces import EMA, Pieces, trace
-from schuss.engine.stages import Domain
+from schuss.engine.stages import Domain, cut
 from schuss.engine.trace import Formula, parameters, used
 from schuss.formula import MatrixCall, minimum, where
 
@@ -75,7 +75,7 @@ class State:
         if self.like == "rows":
             return (*p.shape[:-1], 1)
         if self.like == "columns":
-            return (*p.shape[:-2], 1, p.shape[-1])
+            return (*p.shape[:-2], 1, *p.shape[-1:])
         if self.like == "p":
             return tuple(p.shape)
         side = p.shape[0] if self.like == "left" else p[:1].numel()
@@ -228,6 +228,11 @@ class Rule:
             matrices = any(isinstance(node.op, MatrixCall) for node in nodes)
             self._needs[variant] = frozenset(["vectors"] * vectors + ["matrices"] * matrices)
         return self._needs[variant]
+
+    def read_before(self, variant: Variant, pieces: Pieces) -> tuple[str, ...]:
+        """The letters of the tensors that are read before the pass that updates, once for each time."""
+        formula, scalars = self.trace(variant, pieces)
+        return tuple(letter for level in cut(formula, scalars, self.domains()).levels for letter in level.reads)
 
     def chooses(self, key: str) -> bool:
         """Whether the truth of a hyperparameter chooses the form of the rule or the back end."""

@@ -49,11 +49,13 @@ class Entry:
     stored: dict[str, tuple[Storage, str]] = field(default_factory=dict)
     """State's name -> what it is, or will be, stored as, and why not as the user wished."""
     state_bytes: int = 0
+    read_before_bytes: int = 0
+    """Of what is read before the pass that updates, for sums."""
 
     @property
     def traffic_bytes(self) -> int:
-        """Bytes that a step must move: p and state read and written, the gradient read."""
-        return 3 * self.p.numel() * self.p.element_size() + 2 * self.state_bytes
+        """Bytes that a step must move: p and state read and written, the gradient read; and what is read for sums."""
+        return 3 * self.p.numel() * self.p.element_size() + 2 * self.state_bytes + self.read_before_bytes
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Plan:
 
         self._named_dtypes = bool(optimizer._options.state_dtype)
 
+        read: dict[Any, tuple[str, ...]] = {}
         for e in self.entries:
             kept = kept_by(optimizer, e.p)
             for state in rule.present(e.variant):
@@ -103,9 +106,14 @@ class Plan:
             if (storage := parameter_storage(optimizer, e.p)).kahan:
                 e.stored[COMPENSATION] = Storage(storage.dtype), ""
             shapes = {state.name: state.shape(e.p) for state in rule.present(e.variant)}
-            e.state_bytes = sum(
-                storage.bytes(math.prod(shapes.get(name, e.p.shape))) for name, (storage, _) in e.stored.items()
-            )
+            bytes_of = {name: s.bytes(math.prod(shapes.get(name, e.p.shape))) for name, (s, _) in e.stored.items()}
+            e.state_bytes = sum(bytes_of.values())
+            pieces = rule.pieces(rule.unpack(self._hyper[[e.group]].T))
+            if (e.variant, pieces) not in read:
+                read[e.variant, pieces] = rule.read_before(e.variant, pieces)
+            own = e.p.numel() * e.p.element_size()
+            for letter in read[e.variant, pieces]:
+                e.read_before_bytes += own if letter in ("p", "g") else bytes_of[rule.states[letter].name]
 
         self._only_looked_at = made is None
         self._idle: list[torch.Tensor] = []

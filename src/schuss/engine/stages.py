@@ -111,6 +111,17 @@ class Level:
     stores: Formula
     transforms: tuple[Transform, ...]
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The inputs that its passes read, once for each time."""
+        formulas = [self.stores] if self.sums is None else [self.sums.formula, self.stores]
+        return tuple(
+            str(node.value)
+            for formula in formulas
+            for node in used(formula.outputs.values())
+            if node.op == "name" and node.value in formula.inputs
+        )
+
 
 @dc.dataclass(frozen=True)
 class Stages:
