@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -225,6 +226,235 @@ def test_shared_parameters_appear_once_with_all_names() -> None:
     assert "; also head.weight" in str(groups)
     layer = nn.Linear(2, 2)
     assert decayed(nn.Sequential(layer, layer)) == {"0.weight"}
+
+
+# --- hidden matrices and the rest -------------------------------------------------------------------------------------
+
+
+def role_of(model: nn.Module, **arguments: Any) -> dict[str, Any]:
+    return {a.names[0]: a.role for a in param_groups(model, matrices={}, **arguments).assignments}
+
+
+def hidden(model: nn.Module, **arguments: Any) -> set[str]:
+    """The matrices; and the groups say so, too."""
+    groups = param_groups(model, matrices={}, **arguments)
+    places = setting(groups, "optimizer")
+    assert set(places.values()) <= {"matrices", "others"}
+    found = {name for name, place in places.items() if place == "matrices"}
+    assert found == {a.names[0] for a in groups.assignments if a.role == "matrix"}
+    return found
+
+
+def heads_of(model: nn.Module, **arguments: Any) -> set[str]:
+    return {name for name, role in role_of(model, **arguments).items() if role == "head"}
+
+
+def test_roles_in_a_transformer() -> None:
+    """Whose head is the table of tokens again: no other weight is taken for it."""
+    model = Transformer(blocks=2)
+    weights = ("attention.in_proj_weight", "attention.out_proj.weight", "mlp.0.weight", "mlp.2.weight")
+    assert hidden(model) == {f"blocks.{i}.{name}" for i in range(2) for name in weights}
+    roles = role_of(model)
+    assert {name: roles[name] for name in ("first", "tokens.weight", "positions.weight", "norm.weight")} == {
+        "first": "other", "tokens.weight": "embedding", "positions.weight": "embedding", "norm.weight": "norm",
+    }  # fmt: skip
+    assert roles["blocks.0.gain"] == "vector"
+    assert roles["blocks.0.attention.bias_k"] == roles["blocks.0.mlp.0.bias"] == "bias"
+    assert {a.role for a in param_groups(model).assignments} == {None}
+
+
+def test_roles_in_a_convolutional_network() -> None:
+    model = ResNet()
+    kernels = {name for name, p in model.named_parameters() if p.dim() == 4}
+    assert len(kernels) == 7
+    assert hidden(model) == kernels
+    assert heads_of(model) == {"fc.weight"}
+    groups = param_groups(model, matrices={})
+    assert reason(groups, "fc.weight") == "weight of Linear; head, the last layer"
+    assert reason(groups, "conv1.weight") == "weight of Conv2d"
+
+
+def encoder(blocks: int = 2) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+    return nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
+
+
+class Named(nn.Module):
+    """Modules by name, in this order."""
+
+    def __init__(self, **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("build", "heads"),
+    [
+        (lambda: mlp(2, 3, 3, 2), {"2.weight"}),
+        (lambda: mlp(2, 3, 3, 1), {"2.weight"}),  # one row
+        (lambda: nn.ModuleList(mlp(2, 3, 3)), {"1.weight"}),
+        (lambda: encoder(), set()),  # a backbone alone
+        (lambda: encoder(1), set()),
+        (lambda: nn.Sequential(encoder(), nn.LayerNorm(4), nn.Linear(4, 2)), {"2.weight"}),
+        (lambda: nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 4), nn.Linear(4, 5)), {"2.weight"}),
+        (lambda: nn.Sequential(nn.Embedding(5, 4), nn.LSTM(4, 4)), set()),
+        (lambda: Named(lm_head=nn.Linear(4, 5), body=mlp(5, 4, 4)), {"lm_head.weight"}),
+        (lambda: Named(score=nn.Linear(4, 5), body=mlp(5, 4, 4)), {"score.weight"}),
+        (lambda: Named(body=mlp(5, 4), cls_head=nn.Linear(4, 5), box_head=nn.Linear(4, 4), more=nn.Linear(4, 4)),
+         {"cls_head.weight", "box_head.weight"}),
+        (lambda: Named(classifier=mlp(4, 3, 3, 2), scale=nn.LayerNorm(2)), {"classifier.2.weight"}),  # its last one
+        (lambda: Named(module=Named(body=mlp(5, 4), head=nn.Linear(4, 5), more=nn.Linear(4, 4))),
+         {"module.head.weight"}),
+        (lambda: Named(fc=nn.Linear(4, 4), out=nn.Linear(4, 2)), {"out.weight"}),
+        (lambda: Named(down=nn.Conv2d(1, 4, 3), up=nn.ConvTranspose2d(4, 1, 3)), {"up.weight"}),
+        (lambda: Named(head=parametrizations.weight_norm(nn.Linear(3, 2)), more=nn.Linear(3, 3)),
+         {"head.parametrizations.weight.original1"}),  # the other one is a column
+        (lambda: nn.Sequential(nn.Linear(2, 3), parametrizations.spectral_norm(nn.Linear(3, 2))),
+         {"1.parametrizations.weight.original"}),
+    ],
+)  # fmt: skip
+def test_output_layers(build: Callable[[], nn.Module], heads: set[str]) -> None:
+    assert heads_of(build()) == heads
+
+
+def test_attention_heads_in_blocks_are_no_output_layers() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.mix = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    blocks = nn.ModuleList([Attention(), Attention()])
+    assert heads_of(Named(blocks=blocks)) == set()
+    assert heads_of(Named(blocks=blocks, out=nn.Linear(4, 2))) == {"out.weight"}
+
+
+def test_heads_of_the_user_overrule() -> None:
+    model = Named(body=mlp(5, 4, 4), lm_head=nn.Linear(4, 5))
+    assert heads_of(model) == {"lm_head.weight"}
+    assert heads_of(model, heads=()) == set()
+    assert heads_of(model, heads=r"body\.1") == {"body.1.weight"}
+    assert heads_of(model, heads=[model.lm_head, "body.0"]) == {"lm_head.weight", "body.0.weight"}
+    assert reason(param_groups(model, matrices={}, heads="body"), "body.0.weight") == "weight of Linear; heads 'body'"
+    assert role_of(model, heads="lm_head")["lm_head.bias"] == "bias"
+
+
+class Scale(nn.Module):
+    def __init__(self, **parameters: Tensor) -> None:
+        super().__init__()
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value))
+
+
+@pytest.mark.parametrize(
+    ("module", "roles"),
+    [
+        (Scale(weight=torch.ones(2, 3), bias=torch.ones(2)), {"weight": "matrix", "bias": "bias"}),  # as HF's Conv1D
+        (Scale(weight=torch.ones(4, 2, 3), w1=torch.ones(2, 2)), {"weight": "other", "w1": "other"}),  # experts
+        (Scale(position=torch.ones(1, 5, 4), weight=torch.ones(3)), {"position": "other", "weight": "vector"}),
+        (type("RowEmbedding", (Scale,), {})(weight=torch.ones(5, 4)), {"weight": "embedding"}),
+        (nn.LSTM(2, 3, bias=False), {"weight_ih_l0": "matrix", "weight_hh_l0": "matrix"}),
+        (nn.Bilinear(2, 3, 4, bias=False), {"weight": "matrix"}),
+        (nn.LayerNorm((2, 3)), {"weight": "norm", "bias": "norm"}),
+        (nn.PReLU(3), {"weight": "vector"}),
+        (nn.Linear(1, 4), {"weight": "vector", "bias": "bias"}),  # one column
+        (nn.EmbeddingBag(3, 2), {"weight": "embedding"}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)  # fmt: skip
+def test_roles_of_a_module(module: nn.Module, roles: dict[str, str]) -> None:
+    model = Named(it=module, hidden=nn.Linear(2, 2), head=nn.Linear(2, 2))
+    found = role_of(model)
+    assert {name: found[f"it.{name}"] for name in roles} == roles
+    assert [name for name in found if name.startswith("it.")] == [f"it.{name}" for name in roles]
+
+
+def test_a_shared_weight_is_an_embedding_wherever_it_comes_first() -> None:
+    embedding, linear = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+    linear.weight = embedding.weight
+    for modules in ({"decode": linear, "encode": embedding}, {"encode": embedding, "decode": linear}):
+        roles = role_of(Named(**modules, hidden=nn.Linear(4, 4)))
+        assert [*roles.values()] == ["embedding", "matrix", "bias"]
+
+
+def test_settings_of_matrices_are_theirs_and_the_rest_is_shared() -> None:
+    model = Transfer()
+    groups = param_groups(
+        model, lr=1e-3, weight_decay=0.1, matrices={"lr": 0.02, "momentum": 0.9}, no_decay=r"backbone\.2"
+    )
+    own = {"backbone.0.weight", "backbone.2.weight"}
+    assert setting(groups, "lr") == {n: 0.02 if n in own else 1e-3 for n, _ in model.named_parameters()}
+    assert setting(groups, "momentum")["backbone.0.weight"] == 0.9
+    assert setting(groups, "momentum")["head.weight"] is None
+    decay = setting(groups, "weight_decay")
+    assert (decay["backbone.0.weight"], decay["backbone.2.weight"], decay["head.weight"]) == (0.1, 0.0, 0.1)
+    decay = setting(param_groups(model, weight_decay=None, matrices={"weight_decay": 0.3}), "weight_decay")
+    assert (decay["backbone.0.weight"], decay["head.weight"], decay["head.bias"]) == (0.3, None, 0.0)
+    layered = param_groups(model, lr=1.0, matrices={"lr": 8.0}, layer_decay=0.5)
+    assert setting(layered, "lr") == {
+        "backbone.0.weight": 2.0, "backbone.0.bias": 0.25, "backbone.1.weight": 0.25, "backbone.1.bias": 0.25,
+        "backbone.2.weight": 4.0, "backbone.2.bias": 0.5, "head.weight": 1.0, "head.bias": 1.0,
+    }  # fmt: skip
+    assert all(type(group["optimizer"]) is str for group in groups)
+
+
+def test_an_override_moves_a_parameter_with_the_settings_of_the_place() -> None:
+    overrides = {
+        r"backbone\.0\.weight": {"optimizer": "others"},
+        "head.weight": {"optimizer": "matrices", "lr": 5.0},
+        r"backbone\.2\.bias": {"optimizer": "third"},
+    }
+    groups = param_groups(Transfer(), lr=1e-3, matrices={"lr": 0.02}, overrides=overrides)
+    places, rates = setting(groups, "optimizer"), setting(groups, "lr")
+    assert (places["backbone.0.weight"], rates["backbone.0.weight"]) == ("others", 1e-3)
+    assert (places["head.weight"], rates["head.weight"]) == ("matrices", 5.0)
+    assert (places["backbone.2.bias"], rates["backbone.2.bias"]) == ("third", 1e-3)
+
+
+def test_a_report_of_who_got_what() -> None:
+    groups = param_groups(Transfer(), lr=1e-3, matrices={"lr": 0.02}, freeze="head")
+    assert (
+        str(groups)
+        == """\
+group 0: optimizer=matrices, lr=0.02, weight_decay=0.01; 2 tensors, 28 elements
+  backbone.0.weight  4×3  weight of Linear
+  backbone.2.weight  4×4  weight of Linear
+group 1: optimizer=others, lr=0.001, weight_decay=0; 4 tensors, 16 elements
+  backbone.0.bias    4  bias of Linear
+  backbone.1.weight  4  weight of LayerNorm
+  backbone.1.bias    4  bias of LayerNorm
+  backbone.2.bias    4  bias of Linear
+frozen: 2 tensors, 10 elements
+  head.weight  2×4  weight of Linear; head, by the name head -> optimizer=others, lr=0.001, weight_decay=0.01
+  head.bias    2    bias of Linear -> optimizer=others, lr=0.001, weight_decay=0"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(heads="head"), ValueError, "heads is for matrices, which is None"),
+        (dict(matrices={"lr": -1}), ValueError, r"matrices: lr must be in \[0, inf\), got -1"),
+        (dict(matrices={"weight_deca": 1}), ValueError, "matrices: unknown setting 'weight_deca'; did you mean"),
+        (dict(matrices={"optimizer": "x"}), ValueError, "matrices: optimizer is no setting"),
+        (dict(matrices={}, heads="nothing"), ValueError, "heads: 'nothing' means no parameter"),
+        (dict(matrices={}, heads=["backbone", "head"]), ValueError,
+         r"Transfer has no hidden matrix; backbone\.0\.weight, .* seems to be of its output layer"),
+        (dict(overrides={"head": {"optimizer": 1}}), TypeError, "optimizer must be a name, as a string, got 1"),
+        (dict(matrices={}, overrides={"bias": {"optimizer": "matrices"}}), ValueError,
+         r"matrices: its parameters must be matrices.*4 of 6 are not: backbone\.0\.bias \(4,\)"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_matrices_that_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = Transfer()
+    with pytest.raises(error, match=message):
+        param_groups(model, **arguments)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 # --- what a match means, overrides ------------------------------------------------------------------------------------

@@ -1,12 +1,8 @@
-"""Lookahead against its paper's recursion, and everything that users of an optimizer rely on, round any optimizer."""
+"""Lookahead against its paper's recursion, and the contract of wrappers."""
 
 import copy
-import gc
-import inspect
-import io
 import pickle
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,53 +14,23 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import wrapper_contract
 from cases import assert_equal, drive, parameters, randn, set_gradients
-from schuss import optim, testing
+from schuss import optim
 from schuss.schedules import Schedule, linear
-from schuss.wrappers import Lookahead, Wrapper
+from schuss.wrappers import Lookahead
+from wrapper_contract import Lazy, Make, WrapperContract, copies, through_a_file, values
 
-Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
-
-
-class Lazy(torch.optim.Optimizer):
-    """As many are written: any state at all means that it has been made, and `step` takes no closure."""
-
-    def __init__(self, params: Any, lr: float = 0.1) -> None:
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                kept = self.state[p]
-                if len(kept) == 0:
-                    kept["sum"], kept["count"] = torch.zeros_like(p), 0
-                kept["sum"] += p.grad
-                kept["count"] += 1
-                p.sub_(kept["sum"], alpha=group["lr"] / kept["count"])
-
-
-INNERS: dict[str, Make] = {
-    "SGD": lambda p: optim.SGD(p, lr=0.1, momentum=0.9),
-    "AdamW": lambda p: optim.AdamW(p, lr=0.05),
-    "Adagrad": lambda p: optim.Adagrad(p, lr=0.1),
-    "int8": lambda p: optim.AdamW(p, lr=0.05, state_dtype="int8"),
-    "torch.SGD": lambda p: torch.optim.SGD(p, lr=0.1),
-    "torch.AdamW": lambda p: torch.optim.AdamW(p, lr=0.05),
-    "torch.fused": lambda p: torch.optim.AdamW(p, lr=0.05, fused=True),
-    "torch.RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
-    "torch.Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
-    "Lazy": Lazy,
-    "Lookahead": lambda p: Lookahead(optim.AdamW(p, lr=0.05), k=2, alpha=0.8),
-}
+INNERS = {name: make for name, make in wrapper_contract.INNERS.items() if name != "SAM"}
 inners = pytest.mark.parametrize("make", INNERS.values(), ids=INNERS.keys())
-stateful = pytest.mark.parametrize(
-    "make", [INNERS[name] for name in ("SGD", "torch.AdamW", "Lookahead")], ids=["SGD", "torch.AdamW", "Lookahead"]
-)
+
+
+class TestContract(WrapperContract):
+    """What holds for every wrapper."""
+
+    cls = checked = Lookahead
+    settings = {"k": 3, "alpha": 0.7}
 
 
 class Paper:
@@ -83,21 +49,6 @@ class Paper:
                 for phi, theta in zip(self.slow, self.params, strict=True):
                     phi.copy_(torch.lerp(phi, theta, self.alpha))
                     theta.copy_(phi)
-
-
-def through_a_file(value: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def copies(params: Sequence[torch.Tensor]) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def values(params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in params]
 
 
 def slow_of(optimizer: Lookahead, params: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -231,17 +182,6 @@ def test_what_has_moved_is_synchronized_without_a_gradient_too() -> None:
     assert p.tolist() == [0.5] * 3
 
 
-@pytest.mark.parametrize("check", [c for c in testing.CHECKS if c.__name__ in {
-    "back_ends_agree", "groups_do_not_matter", "threads_do_not_matter", "layout_does_not_matter", "gradients_stay",
-    "maximize_is_the_negated_gradient", "resuming_is_not_stopping", "copies_continue",
-}], ids=lambda c: c.__name__)  # fmt: skip
-def test_generic_checks(check: Callable[..., None]) -> None:
-    def make(groups: Any, **options: Any) -> Lookahead:
-        return Lookahead(optim.AdamW(groups, **options), k=2)
-
-    check(make, {"lr": 0.01})
-
-
 # --- where the slow weights begin -------------------------------------------------------------------------------------
 
 
@@ -347,28 +287,6 @@ def test_a_parameter_exchanged_in_its_group_gets_slow_weights() -> None:
 
 
 @inners
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_resuming_after_any_step_is_not_stopping(make: Make, dtype: torch.dtype) -> None:
-    def build(params: Any) -> Lookahead:
-        return Lookahead(make(params), k=3, alpha=0.7)
-
-    whole = parameters(dtype=dtype)
-    optimizer = build(whole)
-    saved = []
-    for step in range(8):
-        saved.append((through_a_file(optimizer.state_dict()), copies(whole)))
-        drive(optimizer, whole, [step], missing=True)
-    for step, (state, params) in enumerate(saved):
-        resumed = build(params)
-        resumed.load_state_dict(state)
-        assert resumed.param_groups is resumed.inner.param_groups
-        assert all(resumed.inner.state.values())  # an empty one may pass for state that has been made
-        drive(resumed, params, range(step, 8), missing=True)
-        assert_equal(values(params), values(whole), f"after step {step}")
-        assert_equal(resumed.state_dict()["state"], optimizer.state_dict()["state"], f"after step {step}")
-
-
-@inners
 def test_state_dict_is_torchs_layout(make: Make) -> None:
     params = parameters()
     optimizer = Lookahead(make(params), k=2)
@@ -422,45 +340,6 @@ def test_the_inner_optimizers_checkpoint_starts_lookahead_anew(make: Make) -> No
         assert_equal(values(ours), values(theirs), f"step {step}")
 
 
-@inners
-def test_its_checkpoint_continues_the_inner_optimizer_alone(make: Make) -> None:
-    params = parameters()
-    optimizer = Lookahead(make(params), k=5)
-    drive(optimizer, params, 3)
-    theirs, oracle = copies(params), copies(params)
-    inner, expected = make(theirs), make(oracle)
-    inner.load_state_dict(through_a_file(optimizer.state_dict()))
-    expected.load_state_dict(optimizer.inner.state_dict())
-    drive(inner, theirs, range(3, 6))
-    drive(expected, oracle, range(3, 6))
-    assert_equal(values(theirs), values(oracle))
-
-
-def test_a_torch_checkpoint_goes_into_ours_and_back() -> None:
-    params = parameters()
-    source = Lookahead(torch.optim.AdamW(params, lr=0.05), k=4)
-    drive(source, params, 6)
-    target = Lookahead(optim.AdamW(ours := copies(params), lr=0.05), k=4)
-    target.load_state_dict(through_a_file(source.state_dict()))
-    drive(source, params, range(6, 10))
-    drive(target, ours, range(6, 10))
-    for p, q in zip(ours, params, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
-
-
-def test_names_match_slow_weights_in_another_order() -> None:
-    there = {name: torch.nn.Parameter(randn(n, seed=n)) for name, n in (("a", 2), ("b", 3))}
-    here = {name: torch.nn.Parameter(there[name].detach().clone()) for name in ("b", "a")}
-    source = Lookahead(optim.AdamW(list(there.items())), k=4)
-    target = Lookahead(optim.AdamW(list(here.items())), k=4)
-    for p in there.values():
-        p.grad = torch.ones_like(p)
-    source.step()
-    target.load_state_dict(through_a_file(source.state_dict()))
-    for name, p in here.items():
-        assert_equal(dict(target.state[p]), dict(source.state[there[name]]), name)
-
-
 def test_names_on_one_side_only_may_be_left_out() -> None:
     there = {name: torch.nn.Parameter(randn(n, seed=n)) for name, n in (("a", 2), ("b", 3))}
     here = {name: torch.nn.Parameter(randn(n, seed=9)) for name, n in (("a", 2), ("c", 4))}
@@ -506,105 +385,7 @@ def test_loaded_slow_weights_share_no_memory_with_their_source(make: Make) -> No
             assert_equal(kept[source._key(key)], before[index][source._key(key)])
 
 
-@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flat"])
-@inners
-def test_distributed_checkpoint_state_dicts(make: Make, flatten: bool) -> None:
-    """By names, into an optimizer that has not stepped yet; continuing is not stopping."""
-    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-
-    def build() -> tuple[torch.nn.Module, Lookahead]:
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-        return model, Lookahead(make(model.parameters()), k=3)
-
-    model, optimizer = build()
-    drive(optimizer, [*model.parameters()], 4)
-    saved = through_a_file(get_optimizer_state_dict(model, optimizer, options=options))
-    twin, other = build()
-    twin.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(twin, other, saved, options=options)
-    drive(optimizer, [*model.parameters()], range(4, 10))
-    drive(other, [*twin.parameters()], range(4, 10))
-    assert_equal(values([*twin.parameters()]), values([*model.parameters()]))
-
-
-@inners
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
-def test_copies_continue(make: Make, duplicate: Callable[[Any], Any]) -> None:
-    params = parameters()
-    optimizer = Lookahead(make(params), k=3)
-    torch.optim.lr_scheduler.StepLR(optimizer, 10)  # puts a function into the instance
-    drive(optimizer, params, 4)
-    twin, theirs = duplicate((optimizer, params))
-    drive(optimizer, params, range(4, 9))
-    drive(twin, theirs, range(4, 9))
-    assert_equal(values(theirs), values(params))
-    assert {p for g in twin.param_groups for p in g["params"]} == set(theirs)
-    assert_equal(twin.state_dict()["state"], optimizer.state_dict()["state"])
-
-
 # --- torch's contract -------------------------------------------------------------------------------------------------
-
-
-@inners
-def test_it_is_an_optimizer_with_all_that_torchs_constructor_makes(make: Make) -> None:
-    optimizer = Lookahead(make(parameters()))
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    assert not [name for name in vars(torch.optim.SGD(parameters())) if not hasattr(optimizer, name)]
-    assert optimizer.param_groups is optimizer.inner.param_groups
-    assert optimizer.defaults is optimizer.inner.defaults
-    assert repr(optimizer).startswith(f"Lookahead of {type(optimizer.inner).__name__} ")
-    assert f"{optimizer._key('alpha')}: 0.5" in repr(optimizer)
-
-
-def test_what_is_assigned_reaches_the_inner_optimizer() -> None:
-    optimizer = Lookahead(optim.SGD(parameters(), lr=0.1))
-    groups = optimizer.param_groups = [*optimizer.param_groups]
-    defaults = optimizer.defaults = optimizer.defaults | {"lr": 0.2}
-    assert optimizer.inner.param_groups is groups
-    assert optimizer.inner.defaults is defaults
-
-
-@inners
-def test_parameters_keep_their_memory(make: Make) -> None:
-    """Views, CUDA graphs and buckets hold addresses; and autograd notices each write."""
-    params = parameters(("contiguous", "transposed", "gaps", "offset", "channels-last", "empty", "0-d"))
-    optimizer = Lookahead(make(params), k=1)
-    addresses, versions = [p.data_ptr() for p in params], [p._version for p in params]
-    drive(optimizer, params, 3)
-    assert [p.data_ptr() for p in params] == addresses
-    assert all(p._version > v for p, v in zip(params, versions, strict=True))
-
-
-@stateful
-@pytest.mark.parametrize("on", ["wrapper", "inner"])
-def test_schedulers_of_either_drive_both(make: Make, on: str) -> None:
-    params = parameters()
-    optimizer = Lookahead(make(params), k=2)
-    driven = optimizer if on == "wrapper" else optimizer.inner
-    schedule = torch.optim.lr_scheduler.StepLR(driven, 1, gamma=0.5)
-    lr = optimizer.param_groups[0]["lr"]
-    drive(optimizer, params, 1)
-    schedule.step()
-    assert optimizer.param_groups[0]["lr"] == optimizer.inner.param_groups[0]["lr"] == lr / 2
-    cycle = torch.optim.lr_scheduler.OneCycleLR(driven, max_lr=1.0, total_steps=10)
-    drive(optimizer, params, [1])
-    cycle.step()
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(driven, patience=0)
-    for _ in range(3):
-        plateau.step(1.0)
-    assert plateau.get_last_lr() == [optimizer.param_groups[0]["lr"]]
-
-
-def test_schedulers_reach_a_loaded_optimizer() -> None:
-    params = parameters()
-    optimizer = Lookahead(torch.optim.AdamW(params, lr=0.4), k=2)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    drive(optimizer, params, 1)
-    schedule.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    schedule.step()
-    assert optimizer.inner.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
 def test_alpha_is_a_hyperparameter_of_each_group_and_may_follow_a_schedule() -> None:
@@ -629,80 +410,6 @@ def test_k_may_be_changed_while_running() -> None:
     drive(optimizer, params, [3])
     assert_equal(values(params), slow_of(optimizer, params))
     assert optimizer.state[params[0]]["lookahead_step"].item() == 0
-
-
-@inners
-def test_hooks_of_the_wrapper_fire_once_and_so_do_the_inner_ones(make: Make) -> None:
-    params = parameters()
-    optimizer = Lookahead(make(params), k=2)
-    seen: list[str] = []
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda hooked, *rest: seen.append(f"{name} {type(hooked).__name__}")
-
-    handles = [register_optimizer_step_pre_hook(note("any")), register_optimizer_step_post_hook(note("any"))]
-    optimizer.register_step_pre_hook(note("pre"))
-    optimizer.register_step_post_hook(note("post"))
-    optimizer.inner.register_step_pre_hook(note("pre inner"))
-    optimizer.inner.register_step_post_hook(note("post inner"))
-    try:
-        drive(optimizer, params, 1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    inner = type(optimizer.inner).__name__
-    innermost = type(getattr(optimizer.inner, "inner", optimizer.inner)).__name__
-    assert sorted(seen) == sorted(
-        ["pre Lookahead", "post Lookahead", f"pre inner {inner}", f"post inner {inner}", *[f"any {innermost}"] * 2]
-    )
-    assert seen[0].startswith(("pre", "any"))
-    assert seen[-1] == "post Lookahead" or seen[-1].startswith("any")
-
-
-def test_a_step_hook_sees_and_replaces_the_arguments() -> None:
-    params = parameters()
-    optimizer = Lookahead(optim.SGD(params, lr=0.1))
-    optimizer.register_step_pre_hook(lambda self, args, kwargs: ((self, lambda: 42.0), kwargs))
-    assert optimizer.step() == 42.0
-    assert optimizer.step(lambda: 1.0) == 42.0
-
-
-def test_hooks_of_checkpoints() -> None:
-    params = parameters()
-    optimizer = Lookahead(optim.SGD(params, lr=0.1))
-    seen = []
-    optimizer.register_state_dict_pre_hook(lambda o: seen.append("pre"))
-    optimizer.register_state_dict_post_hook(lambda o, d: d | {"more": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, d: {k: v for k, v in d.items() if k != "more"})
-    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
-    optimizer.inner.register_state_dict_pre_hook(lambda o: seen.append("inner"))
-    saved = optimizer.state_dict()
-    assert saved["more"] == 1
-    optimizer.load_state_dict(saved)
-    assert seen == ["pre", "inner", "loaded"]
-
-
-@inners
-def test_a_closure_is_called_once_with_gradients_and_its_loss_returned(make: Make) -> None:
-    params = parameters()
-    optimizer = Lookahead(make(params), k=2)
-    if isinstance(optimizer.inner, Lazy):
-        assert optimizer.step() is None
-        return
-    calls = 0
-
-    def closure() -> Any:
-        nonlocal calls
-        calls += 1
-        optimizer.zero_grad()
-        loss = sum((p**2).sum() for p in params)
-        loss.backward()
-        return loss.detach()
-
-    before = closure()
-    assert optimizer.step(closure) == before
-    assert calls == 2
-    assert optimizer.step() is None
 
 
 def test_a_closure_that_raises_does_not_count() -> None:
@@ -748,43 +455,6 @@ def test_lbfgs_calls_the_closure_as_often_as_it_wants() -> None:
     assert_equal(resumed.state_dict()["state"], optimizer.state_dict()["state"])
 
 
-@inners
-@pytest.mark.parametrize("unscale_first", [False, True], ids=["step", "unscale"])
-def test_a_grad_scaler_scales_and_skips(make: Make, unscale_first: bool) -> None:
-    """An infinite gradient changes nothing: parameters, slow weights, inner state, or the count to k."""
-    ours, theirs = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
-    optimizer, paper = Lookahead(make(ours), k=2), Paper(make(theirs), theirs, 2, 0.5)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
-    scaler.scale(torch.ones(()))
-    for step in range(7):
-        set_gradients(ours, step)
-        set_gradients(theirs, step)
-        broken = step in (0, 2, 3)
-        for p in ours:
-            p.grad.mul_(scaler.get_scale())
-        if broken:
-            ours[0].grad.view(-1)[0] = float("inf")
-        before = copy.deepcopy((optimizer.state_dict()["state"], values(ours)))
-        if unscale_first:
-            scaler.unscale_(optimizer)
-        scaler.step(optimizer)
-        scaler.update()
-        if broken:
-            if step:  # before the first step fused optimizers make their state whatever happens
-                assert_equal((optimizer.state_dict()["state"], values(ours)), before)
-        else:
-            paper.step()
-        assert_equal(values(ours), values(theirs), f"step {step}")
-    assert not hasattr(optimizer, "found_inf")
-    assert not hasattr(optimizer.inner, "grad_scale")
-
-
-def test_who_unscales_in_its_step_is_asked_to() -> None:
-    assert Lookahead(optim.SGD(parameters()))._step_supports_amp_scaling
-    assert Lookahead(Lookahead(torch.optim.AdamW(parameters(), fused=True)))._step_supports_amp_scaling
-    assert not Lookahead(torch.optim.AdamW(parameters()))._step_supports_amp_scaling
-
-
 def test_capturing_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph would repeat one step, without counting."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -793,16 +463,6 @@ def test_capturing_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.param_groups[0]["capturable"] = True
     with pytest.raises(RuntimeError, match="cannot be captured"):
         optimizer.step()
-
-
-def test_a_scale_set_by_hand_reaches_the_inner_optimizer() -> None:
-    p = torch.nn.Parameter(torch.ones(2))
-    optimizer = Lookahead(Lookahead(optim.SGD([p], lr=1.0)))
-    optimizer.grad_scale = 4.0
-    p.grad = torch.ones(2)
-    optimizer.step()
-    assert p.tolist() == [0.75] * 2
-    assert optimizer.inner.inner.grad_scale == 4.0
 
 
 def test_steps_that_nonfinite_skips_do_not_count() -> None:
@@ -817,15 +477,6 @@ def test_steps_that_nonfinite_skips_do_not_count() -> None:
     kept = optimizer.state[params[0]]
     assert (kept["lookahead_step"].item(), kept["lookahead2_step"].item()) == (1, 1)
     assert optimizer.last_grad_norm is optimizer.inner.inner.last_grad_norm is not None
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad(set_to_none: bool) -> None:
-    params = parameters()
-    optimizer = Lookahead(optim.SGD(params))
-    set_gradients(params, 0)
-    optimizer.zero_grad(set_to_none)
-    assert all(p.grad is None if set_to_none else not p.grad.any() for p in params)
 
 
 @inners
@@ -848,49 +499,6 @@ def test_state_is_live_and_shows_both(make: Make) -> None:
     drive(optimizer, params, [1])
     assert optimizer.state[params[0]][key].item() == 0
     assert_equal(params[0].detach(), slow)
-
-
-@inners
-def test_state_that_is_replaced_counts(make: Make) -> None:
-    """As trainers do that move it to another device, one parameter after the other or at once."""
-    ours, theirs = parameters(), parameters()
-    a, b = (Lookahead(make(params), k=3) for params in (ours, theirs))
-    drive(a, ours, 2)
-    drive(b, theirs, 2)
-    for p, kept in b.state.items():
-        b.state[p] = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kept.items()}
-    drive(a, ours, [2, 3])
-    drive(b, theirs, [2, 3])
-    b.state = {p: {**kept} for p, kept in b.state.items()}
-    assert_equal(a.state_dict()["state"], b.state_dict()["state"])
-    drive(a, ours, range(4, 8))
-    drive(b, theirs, range(4, 8))
-    assert_equal(values(theirs), values(ours))
-    del b.state[theirs[0]]
-    assert theirs[0] not in b.state
-    assert b.state.get(theirs[0], 5) == 5
-    with pytest.raises(KeyError):
-        del b.state[theirs[0]]
-    assert repr(b.state).startswith("{")
-    b.state = {}
-    assert not b.state
-    assert not b.state_dict()["state"]
-
-
-def test_it_keeps_nothing_alive() -> None:
-    params = parameters()
-    optimizer = Lookahead(torch.optim.AdamW(params), k=1)
-    drive(optimizer, params, 2)
-    dead = weakref.ref(optimizer)
-    del optimizer
-    gc.collect()
-    assert dead() is None
-
-
-def test_torch_does_not_hook_its_step_a_second_time() -> None:
-    Lookahead(optim.SGD(parameters()))
-    assert Lookahead.step is Wrapper.step
-    assert list(inspect.signature(Lookahead.step).parameters) == ["self", "closure"]
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------
@@ -1072,27 +680,6 @@ def test_slow_weights_in_the_place_of_the_parameters(make: Make) -> None:
     drive(optimizer, params, [3])
 
 
-def test_what_only_schuss_has_is_handed_on() -> None:
-    params = parameters()
-    optimizer = Lookahead(Lookahead(optim.SGD(params, lr=0.1, ema_decay=0.5, max_norm=1.0)))
-    drive(optimizer, params, 2)
-    assert "SGD" in str(optimizer.plan())
-    assert optimizer.last_grad_norm is not None
-    fast = values(params)
-    with optimizer.averaged():
-        assert_equal(values(params), [optimizer.state[p]["ema"] for p in params])
-        with pytest.raises(RuntimeError, match="inside averaged"):
-            optimizer.step()
-    assert_equal(values(params), fast)
-    assert optimizer.state[params[0]]["lookahead_step"].item() == 2
-    other = Lookahead(torch.optim.SGD(parameters()))
-    assert (other.last_grad_norm, other.skipped_steps) == (None, 0)
-    with pytest.raises(AttributeError, match=r"Lookahead: plan\(\) is of schuss's optimizers; SGD has none"):
-        other.plan()
-    with pytest.raises(AttributeError, match=r"averaged\(\)"):
-        other.averaged()
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -1116,13 +703,6 @@ def test_arguments_out_of_bounds(arguments: dict[str, Any], error: type[Exceptio
     with pytest.raises(error, match=message):
         Lookahead(inner, **arguments)
     assert "lookahead_k" not in inner.param_groups[0]
-
-
-def test_what_is_no_optimizer_is_an_error() -> None:
-    with pytest.raises(TypeError, match=r"Lookahead: the inner optimizer must be a torch\.optim\.Optimizer.*got SGD"):
-        Lookahead(optim.SGD)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"got list"):
-        Lookahead(parameters())  # type: ignore[arg-type]
 
 
 def test_groups_out_of_bounds_are_an_error() -> None:

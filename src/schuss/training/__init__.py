@@ -9,13 +9,13 @@ from schuss.training.checkpoints import load_checkpoint as load_checkpoint
 from schuss.training.checkpoints import save_checkpoint as save_checkpoint
 from schuss.training.clipping import clip_grad_norm_ as clip_grad_norm_
 from schuss.training.fit import fit as fit
-from schuss.training.groups import NO_DECAY as NO_DECAY
 from schuss.training.groups import Assignment as Assignment
 from schuss.training.groups import Groups as Groups
-from schuss.training.groups import Match as Match
 from schuss.training.groups import param_groups as param_groups
-from schuss.training.groups import unfreeze as unfreeze
 from schuss.training.history import History as History
+from schuss.training.parameters import NO_DECAY as NO_DECAY
+from schuss.training.parameters import Match as Match
+from schuss.training.unfreeze import unfreeze as unfreeze
 
 __all__ = [
     "NO_DECAY",

@@ -23,7 +23,7 @@ from schuss.training.epochs import Epochs
 from schuss.training.history import History, Stopped, metric
 from schuss.training.progress import Record, recording
 from schuss.training.signals import Signals
-from schuss.training.step import PRECISIONS, Loss, Step, check_optimizer, evaluating, mean_loss
+from schuss.training.step import PRECISIONS, Loss, Step, check_optimizer, evaluating, mean_loss, with_modes
 
 __all__ = ["fit"]
 
@@ -67,9 +67,9 @@ def fit(
     optimizer, and the schedule. If the optimizer leaves a step out, because of a GradScaler or nonfinite="skip", then
     the schedule does too. After the step come `on_step`, an evaluation and a checkpoint, if they are due.
 
-    An evaluation sees `model.eval()`, no gradients, and the averages of an optimizer with `ema_decay`. It changes
-    neither the modes of modules nor the random numbers of the training. The first SIGTERM or SIGINT (Ctrl-C) ends the
-    training after the step, with a checkpoint; a second SIGINT at once.
+    An evaluation sees `model.eval()`, no gradients, and the averages of an optimizer with `ema_decay`, or of one with
+    an eval mode, such as Schedule-Free's. It changes neither modes nor the random numbers of the training. The first
+    SIGTERM or SIGINT (Ctrl-C) ends the training after the step, with a checkpoint; a second SIGINT at once.
 
     Args:
         model: on its device. One in eval mode is put into train mode as a whole, one in train mode is left as it is,
@@ -164,6 +164,8 @@ def fit(
     told: Stopped = "patience" if patience is not None and history.stale >= patience else ""
     if not model.training:
         model.train()
+    for one in with_modes(optimizer):
+        one.train()
 
     def finished() -> Stopped:
         if signals.received:

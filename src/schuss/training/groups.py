@@ -1,52 +1,36 @@
 """Parameter groups: which parameter gets what, and why."""
 
 import difflib
-import re
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, overload
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
-import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.optim.lr_scheduler import LRScheduler, SequentialLR
 
 from schuss import bounds
-from schuss.schedules import Schedule
-
-__all__ = ["NO_DECAY", "Assignment", "Groups", "Match", "param_groups", "unfreeze"]
-
-NO_DECAY: tuple[type[nn.Module], ...] = (
-    _NormBase,  # BatchNorm and InstanceNorm of all dimensions, and SyncBatchNorm
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.Embedding,
-    nn.EmbeddingBag,
+from schuss.roles import MATRICES, OTHERS, check_matrices
+from schuss.training.matrices import Role, roles
+from schuss.training.parameters import (
+    LISTS,
+    NO_DECAY,
+    Leaf,
+    Match,
+    Member,
+    collect,
+    is_embedding,
+    select,
+    several,
+    text_of,
 )
-"""Modules none of whose parameters decay."""
 
-Match = str | type[nn.Module] | nn.Module | torch.Tensor | Callable[[str, nn.Parameter], bool]
-"""Which parameters are meant: a regular expression for whole parts of the dotted name ("head" means head.weight and
-model.head.bias, not overhead.weight); all in modules of a type; all in a module; a parameter; or those for which a
-function of name and parameter is true."""
+__all__ = ["Assignment", "Groups", "param_groups"]
 
-_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_BARE = {nn.Module, *_LISTS, nn.ParameterList, nn.ParameterDict}
-"""Types of torch that do not say what a parameter of theirs is for."""
+PLACE = "optimizer"
+"""The key of a group that says for which optimizer it is."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Parameter:
-    names: tuple[str, ...]
-    parameter: nn.Parameter = field(repr=False)
-    modules: tuple[nn.Module, ...] = field(repr=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Assignment(_Parameter):
+class Assignment(Member):
     """What a parameter got, and why.
 
     Attributes:
@@ -56,11 +40,14 @@ class Assignment(_Parameter):
         settings: the hyperparameters of its group.
         reason: what decided.
         group: the index of its group, or None while it is frozen.
+        role: what it is, where `matrices` asks for it: "matrix", "head", "embedding", "norm", "bias", "vector" or
+            "other"; else None.
     """
 
     settings: Mapping[str, Any]
     reason: str
     group: int | None = None
+    role: Role | None = None
 
 
 class Groups(Sequence[dict[str, Any]]):
@@ -133,6 +120,8 @@ def param_groups(
     layers: Iterable[nn.Module] | Callable[[str], int] | None = None,
     overrides: Mapping[Match, Mapping[str, Any]] | Iterable[tuple[Match, Mapping[str, Any]]] = (),
     freeze: Match | Iterable[Match] = (),
+    matrices: Mapping[str, Any] | None = None,
+    heads: Match | Iterable[Match] | None = None,
 ) -> Groups:
     """Parameter groups by what each parameter is: norms, embeddings and biases do not decay, all else does.
 
@@ -163,12 +152,22 @@ def param_groups(
             of two for the same setting the later wins. They come last: a `weight_decay` or an `lr` given here holds
             as it is, for a norm and with `layer_decay` too.
         freeze: matches of parameters that are to be frozen; `requires_grad` is set for them.
+        matrices: settings of the hidden matrices, such as {"lr": 0.02, "weight_decay": 0.1}, where these have an
+            optimizer of their own; what is not in it, they have like the rest. Every group then has a key "optimizer":
+            "matrices", or "others". Hidden matrices are the weights of two dimensions or more of torch's layers and
+            their subclasses, and what is called weight and has two in other modules; not embeddings, output layers,
+            nor what has one row or one column. An override of "optimizer" moves a parameter.
+            `schuss.Combined.of(groups, matrices=optim.Muon, others=optim.AdamW)` takes them.
+        heads: with `matrices`: which parameters belong to output layers, an empty tuple for none. None finds them: what
+            is called head, lm_head, classifier, score and the like outside of repeated blocks, its last weight if it
+            has several; without such a name the last layer of the model, if it is in no repeated block.
 
     Returns:
         The groups, to be handed to an optimizer. Their parameters are (name, tensor) pairs.
 
     Raises:
-        ValueError: a match that matches nothing; a setting out of its bounds, or misspelt; nothing to train.
+        ValueError: a match that matches nothing; a setting out of its bounds, or misspelt; nothing to train; no hidden
+            matrix, or a vector that is moved among them.
         TypeError: a match of another type; a depth that is no integer.
     """
     for name, value, bound in (
@@ -181,182 +180,66 @@ def param_groups(
         raise ValueError("param_groups: layer_decay needs lr, the learning rate of the last layer")
     if layers is not None and layer_decay is None:
         raise ValueError("param_groups: layers is for layer_decay, which is None")
+    if heads is not None and matrices is None:
+        raise ValueError("param_groups: heads is for matrices, which is None; matrices={} tells them apart")
+    if matrices is not None:
+        check_settings("matrices", matrices)
+        if PLACE in matrices:
+            raise ValueError(f"param_groups: matrices: {PLACE} is no setting; their groups say {MATRICES!r}")
     pairs = [*(overrides.items() if isinstance(overrides, Mapping) else overrides)]
-    leaves = _collect(model)
+    leaves = collect(model)
     exempt = _exempt(model, leaves)
-    for match in _several(no_decay):
-        for leaf in _select(match, leaves, "no_decay"):
-            exempt.setdefault(leaf, f"no_decay {_text(match)}")
-    changes: dict[_Leaf, list[tuple[Match, Mapping[str, Any]]]] = {}
+    for match in several(no_decay):
+        for leaf in select(match, leaves, "no_decay"):
+            exempt.setdefault(leaf, f"no_decay {text_of(match)}")
+    changes: dict[Leaf, list[tuple[Match, Mapping[str, Any]]]] = {}
     for match, settings in pairs:
-        _check_settings(f"overrides {_text(match)}", settings)
-        for leaf in _select(match, leaves, "overrides"):
+        check_settings(f"overrides {text_of(match)}", settings)
+        for leaf in select(match, leaves, "overrides"):
             changes.setdefault(leaf, []).append((match, settings))
-    frozen = {leaf for match in _several(freeze) for leaf in _select(match, leaves, "freeze")}
+    frozen = {leaf for match in several(freeze) for leaf in select(match, leaves, "freeze")}
     depths = _depths(model, leaves, layers) if layer_decay is not None else []
+    found = {} if matrices is None else roles(model, leaves, heads)
+    if found and all(role != "matrix" for role, _ in found.values()):
+        output = ", ".join(leaf.names[0] for leaf, (role, _) in found.items() if role == "head")
+        raise ValueError(
+            f"param_groups: matrices: {type(model).__name__} has no hidden matrix"
+            + f"; {output} seems to be of its output layer, and heads=() says that there is none" * bool(output)
+        )
+    base: dict[str, Any] = {
+        name: value for name, value in (("lr", lr), ("weight_decay", weight_decay)) if value is not None
+    }
     assignments = []
     for i, leaf in enumerate(leaves):
         decays, reason = (False, exempt[leaf]) if leaf in exempt else leaf.verdict()
-        settings = {} if lr is None else {"lr": lr}
-        if layer_decay is not None and lr is not None:
-            settings["lr"] = lr * layer_decay ** (max(depths) - depths[i])
+        override = {name: value for _, change in changes.get(leaf, []) for name, value in change.items()}
+        own, role = {**base}, None
+        if matrices is not None:
+            role, why = found[leaf]
+            place = override.get(PLACE, MATRICES if role == "matrix" else OTHERS)
+            own = {PLACE: place, **base, **(matrices if place == MATRICES else {})}
+            reason += f"; {why}" * bool(why)
+        if layer_decay is not None:
+            own["lr"] *= layer_decay ** (max(depths) - depths[i])
             reason += f"; depth {depths[i]} of {max(depths)}"
-        if weight_decay is not None or not decays:
-            settings["weight_decay"] = weight_decay if weight_decay is not None and decays else 0.0
-        for match, change in changes.get(leaf, []):
-            settings |= change
-            reason += f"; overrides {_text(match)}"
-        assignments.append(Assignment(leaf.names, leaf.parameter, leaf.modules, settings, reason))
+        if not decays:
+            own["weight_decay"] = 0.0
+        reason += "".join(f"; overrides {text_of(match)}" for match, _ in changes.get(leaf, []))
+        assignments.append(Assignment(leaf.names, leaf.parameter, leaf.modules, own | override, reason, role=role))
+    moved = [(a.names[0], a.parameter) for a in assignments if a.settings.get(PLACE) == MATRICES]
+    check_matrices(f"param_groups: {MATRICES}", [{"params": moved}])
     trained = {leaf.names for leaf in leaves if leaf.parameter.requires_grad and leaf not in frozen}
     if not trained:
         raise ValueError(f"param_groups: {type(model).__name__} has no parameter that is not frozen")
     for leaf in frozen:
         leaf.parameter.requires_grad_(False)
-    return Groups(_numbered(assignments, trained))
+    return Groups(numbered(assignments, trained))
 
 
-def unfreeze(
-    optimizer: torch.optim.Optimizer,
-    groups: Groups,
-    match: Match | None = None,
-    *,
-    scheduler: LRScheduler | Iterable[LRScheduler] | None = None,
-    like: int = 0,
-    **settings: Any,
-) -> list[dict[str, Any]]:
-    """Train frozen parameters from now on, with what `param_groups` decided for them.
-
-    Sets `requires_grad`, adds groups to the optimizer, whose other state stays, and enlarges the schedulers: a new
-    group's learning rate is to that of the group `like` what it would be, had both been there from the start.
-
-    To resume from a checkpoint that was saved after this, make model, groups, optimizer and schedulers as then, call
-    this as then, and load.
-
-    Args:
-        optimizer: made from `groups`.
-        groups: enlarged too, so that `print(groups)` and `len(groups)` stay true.
-        match: which of the frozen parameters; None: all.
-        scheduler: the one or those that the optimizer has, or an empty tuple to leave them out.
-        like: index of the group whose schedule the new ones follow with schedulers of torch. A `Schedule` decides
-            itself which groups it drives.
-        settings: for these parameters, instead of what `param_groups` decided.
-
-    Returns:
-        The optimizer's new groups.
-
-    Raises:
-        ValueError: no frozen parameter is meant; the optimizer has other groups than `groups`; it has a scheduler,
-            and none was given; a setting out of its bounds.
-    """
-    _check_settings("unfreeze", settings, owner="unfreeze")
-    waiting = [a for a in groups.assignments if a.group is None]
-    if not waiting:
-        raise ValueError("unfreeze: no parameter of these groups is frozen")
-    if match is not None:
-        waiting = _select(match, waiting, "match", owner="unfreeze")
-    before = len(groups)
-    if len(optimizer.param_groups) != before:
-        raise ValueError(f"unfreeze: the optimizer has {len(optimizer.param_groups)} groups, not these {before}")
-    for i, (live, group) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
-        if [id(p) for p in live["params"]] != [id(p) for _, p in group["params"]]:
-            raise ValueError(f"unfreeze: group {i} of the optimizer has other parameters than that of groups")
-    if scheduler is None and any("initial_lr" in group for group in optimizer.param_groups):
-        raise ValueError("unfreeze: the optimizer has a scheduler; pass scheduler=, or scheduler=() if it is done with")
-    schedulers = [*(scheduler or ())] if scheduler is None or isinstance(scheduler, Iterable) else [scheduler]
-    theirs = [s for s in schedulers if not isinstance(s, Schedule)]
-    thawed = {a.names for a in waiting}
-    enlarged = Groups(
-        _numbered(
-            [replace(a, settings={**a.settings, **settings}) if a.names in thawed else a for a in groups.assignments],
-            thawed,
-        )
-    )
-    default = optimizer.defaults.get("lr", 0.0)
-    if isinstance(default, torch.Tensor):  # schedulers write into it: groups without their own have this very tensor
-        sharing = (live for live, group in zip(optimizer.param_groups, groups, strict=True) if "lr" not in group)
-        default = next((live["initial_lr"] for live in sharing if "initial_lr" in live), default)
-    declared = [bounds.number(group.get("lr", default)) for group in enlarged]
-    if theirs and declared[like] == 0 and any(declared[before:]):
-        raise ValueError(
-            f"unfreeze: the learning rate of group {like} is 0 and scales to no other; choose another like"
-        )
-    try:
-        for group in enlarged[before:]:
-            optimizer.add_param_group(group)
-    except BaseException:
-        del optimizer.param_groups[before:]
-        raise
-    if theirs:
-        for i in range(before, len(enlarged)):
-            _join(optimizer, theirs, i, like, declared[i], declared[like])
-    for ours in schedulers:
-        if isinstance(ours, Schedule):
-            ours.load_state_dict(ours.state_dict())  # to the step at which it is, of which the new groups take note
-    for a in waiting:
-        a.parameter.requires_grad_(True)
-    groups._assignments = enlarged.assignments
-    return optimizer.param_groups[before:]
+# --- weight decay -----------------------------------------------------------------------------------------------------
 
 
-# --- what a parameter is ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Leaf(_Parameter):
-    """A parameter, with what it is to each module that has it: the module, its name there, and its dimensions."""
-
-    roles: tuple[tuple[nn.Module, str, int], ...]
-
-    def verdict(self) -> tuple[bool, str]:
-        """Whether it decays, and why; not where any of its modules says so."""
-        verdicts = [_verdict(*role) for role in self.roles]
-        return next((v for v in verdicts if not v[0]), verdicts[0])
-
-
-def _verdict(module: nn.Module, role: str, dimensions: int) -> tuple[bool, str]:
-    kind = type(module).__name__
-    if isinstance(module, NO_DECAY):
-        return False, f"{role} of {kind}"
-    # In a layer of torch the word bias is part of its interface: in_proj_bias, bias_ih_l0, bias_k.
-    if _is_known(module) and "bias" in role.split("_"):
-        return False, f"{role} of {kind}"
-    if _is_known(module) and dimensions >= 2:
-        return True, f"{role} of {kind}"
-    return dimensions >= 2, f"{role} of {kind}, by its {dimensions} dimension{'s' * (dimensions != 1)}"
-
-
-def _is_known(module: nn.Module) -> bool:
-    return any(cls.__module__.startswith("torch.nn.modules.") and cls not in _BARE for cls in type(module).__mro__)
-
-
-def _collect(model: nn.Module) -> list[_Leaf]:
-    """The parameters in the order of `model.named_parameters()`, each once."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[int, _Leaf] = {}
-    for prefix, module in modules.items():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError("param_groups: FullyShardedDataParallel flattens parameters; use fully_shard")
-        path = prefix.split(".") if prefix else []
-        above = tuple(modules[".".join(path[:i])] for i in range(len(path) + 1))
-        own = {name: p for name, p in module._parameters.items() if p is not None}
-        for name, p in own.items():
-            if isinstance(p, nn.UninitializedParameter):
-                raise ValueError(
-                    f"param_groups: {'.'.join([*path, name])} has no shape yet; call the model once before"
-                )
-            role = module, name, p.dim()
-            if isinstance(module, ParametrizationList):  # of the module two levels up, whose tensor it makes
-                role = above[-3], path[-1], max(q.dim() for q in own.values())
-            old = found.get(id(p), _Leaf((), p, (), ()))
-            found[id(p)] = _Leaf(
-                (*old.names, ".".join([*path, name])), p, (*old.modules, *above), (*old.roles, role)
-            )  # fmt: skip
-    if not found:
-        raise ValueError(f"param_groups: {type(model).__name__} has no parameters")
-    return [*found.values()]
-
-
-def _exempt(model: nn.Module, leaves: Sequence[_Leaf]) -> dict[_Leaf, str]:
+def _exempt(model: nn.Module, leaves: Sequence[Leaf]) -> dict[Leaf, str]:
     """What does not decay because the model says so, in the two ways that are in use."""
     exempt = {leaf: "marked _no_weight_decay" for leaf in leaves if getattr(leaf.parameter, "_no_weight_decay", False)}
     by_name = {name: leaf for leaf in leaves for name in leaf.names}
@@ -372,7 +255,7 @@ def _exempt(model: nn.Module, leaves: Sequence[_Leaf]) -> dict[_Leaf, str]:
 
 
 def _depths(
-    model: nn.Module, leaves: Sequence[_Leaf], layers: Iterable[nn.Module] | Callable[[str], int] | None
+    model: nn.Module, leaves: Sequence[Leaf], layers: Iterable[nn.Module] | Callable[[str], int] | None
 ) -> list[int]:
     if layers is not None and not isinstance(layers, Iterable):
         depths = [layers(leaf.names[0]) for leaf in leaves]
@@ -404,8 +287,8 @@ def _units(model: nn.Module) -> list[list[nn.Module]]:
     units: list[list[nn.Module]] = []
     before: nn.Module | None = None
     for module in _walk(model):
-        norm = isinstance(module, NO_DECAY) and not _is_embedding(module)
-        if before is not None and (norm or (_is_embedding(module) and _is_embedding(before))):
+        norm = isinstance(module, NO_DECAY) and not is_embedding(module)
+        if before is not None and (norm or (is_embedding(module) and is_embedding(before))):
             units[-1].append(module)
         else:
             units.append([module])
@@ -417,12 +300,12 @@ def _walk(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that are layers: elements of lists, and what stands beside them."""
     children = [child for child in module.children() if next(child.parameters(), None) is not None]
     for child in children:
-        if isinstance(module, _LISTS):  # blocks, whatever lists they have, or models one after the other
+        if isinstance(module, LISTS):  # blocks, whatever lists they have, or models one after the other
             alone = sum(type(other) is type(child) for other in children) == 1
             inside = alone and any(_is_trunk(m) for m in _lists(child))
         else:
             inside = any(True for _ in _lists(child))
-        if isinstance(child, _LISTS) or inside:
+        if isinstance(child, LISTS) or inside:
             yield from _walk(child)
         else:
             yield child
@@ -430,7 +313,7 @@ def _walk(module: nn.Module) -> Iterator[nn.Module]:
 
 def _lists(module: nn.Module) -> Iterator[nn.Module]:
     for name, m in module.named_modules():
-        if isinstance(m, _LISTS) and "parametrizations" not in name.split("."):
+        if isinstance(m, LISTS) and "parametrizations" not in name.split("."):
             yield m
 
 
@@ -439,73 +322,14 @@ def _is_trunk(module: nn.Module) -> bool:
     return any(next(child.children(), None) is not None for child in module.children())
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-
-
-# --- what is meant ----------------------------------------------------------------------------------------------------
-
-_P = TypeVar("_P", bound=_Parameter)
-
-
-def _select(match: Match, leaves: Sequence[_P], argument: str, *, owner: str = "param_groups") -> list[_P]:
-    """Those that `match` means, at least one."""
-    if chosen := [leaf for leaf in leaves if _means(match, leaf, argument, owner)]:
-        return chosen
-    hint = ""
-    if isinstance(match, str):
-        names = [name for leaf in leaves for name in leaf.names]
-        inside = [name for name in names if re.search(match, name)]
-        parts = [".".join(path[:i]) for path in (n.split(".") for n in names) for i in range(1, len(path) + 1)]
-        parts += [part for name in names for part in name.split(".")]
-        near = inside or difflib.get_close_matches(match, dict.fromkeys(parts), 3)
-        near = near or [*dict.fromkeys(name.partition(".")[0] for name in names)]
-        whole = "it must match whole parts of a name; " * bool(inside)
-        hint = f"; {whole}near it: {', '.join(near[:3])}"
-    kind = "parameter" if owner == "param_groups" else "frozen parameter"
-    raise ValueError(f"{owner}: {argument}: {_text(match)} means no {kind}{hint}")
-
-
-def _several(matches: Match | Iterable[Match]) -> Iterable[Match]:
-    if isinstance(matches, (str, nn.Module, torch.Tensor)) or callable(matches):
-        return (matches,)
-    return matches
-
-
-def _means(match: Match, leaf: _Parameter, argument: str, owner: str) -> bool:
-    if isinstance(match, str):
-        try:
-            re.compile(match)
-            pattern = re.compile(rf"(?:^|\.)(?:{match})(?:\.|$)")
-        except re.error as error:
-            raise ValueError(f"{owner}: {argument}: {match!r} is not a regular expression: {error}") from None
-        return any(pattern.search(name) for name in leaf.names)
-    if isinstance(match, type):
-        return any(isinstance(module, match) for module in leaf.modules)
-    if isinstance(match, nn.Module):
-        return any(module is match for module in leaf.modules)
-    if isinstance(match, torch.Tensor):
-        return leaf.parameter is match
-    if callable(match):
-        return any(match(name, leaf.parameter) for name in leaf.names)
-    raise TypeError(
-        f"{owner}: {argument}: what is meant must be a regular expression, a module, a type of module, a parameter or "
-        f"a function of name and parameter, got {match!r}"
-    )
-
-
-def _text(match: Match) -> str:
-    if isinstance(match, (type, nn.Module, torch.Tensor)):
-        return match.__name__ if isinstance(match, type) else f"this {type(match).__name__}"
-    return repr(match) if isinstance(match, str) else getattr(match, "__name__", repr(match))
-
-
-def _check_settings(argument: str, settings: Mapping[str, Any], *, owner: str = "param_groups") -> None:
+def check_settings(argument: str, settings: Mapping[str, Any], *, owner: str = "param_groups") -> None:
     for name, value in settings.items():
         if name in ("lr", "weight_decay"):
             bounds.check(owner, f"{argument}: {name}" if argument else name, value, "[0, inf)")
         elif name == "params":
             raise ValueError(f"{owner}: {argument}: params is no setting")
+        elif name == PLACE and not isinstance(value, str):
+            raise TypeError(f"{owner}: {argument}: {PLACE} must be a name, as a string, got {value!r}")
         # The optimizer is not known here, and torch ignores a key that none has.
         elif close := difflib.get_close_matches(name, ("lr", "weight_decay"), 1, cutoff=0.85):
             raise ValueError(f"{owner}: {argument}: unknown setting {name!r}; did you mean {close[0]!r}?")
@@ -514,7 +338,7 @@ def _check_settings(argument: str, settings: Mapping[str, Any], *, owner: str = 
 # --- groups -----------------------------------------------------------------------------------------------------------
 
 
-def _numbered(assignments: Sequence[Assignment], members: Iterable[tuple[str, ...]]) -> list[Assignment]:
+def numbered(assignments: Sequence[Assignment], members: Iterable[tuple[str, ...]]) -> list[Assignment]:
     """With a group for each of `members`, after those that there are; equal settings, one group."""
     taken = {a.group for a in assignments if a.group is not None}
     new: dict[tuple[tuple[str, Any], ...], int] = {}
@@ -549,57 +373,3 @@ def _table(members: Sequence[Assignment], *, settings: bool = False) -> list[str
         rows.append((a.names[0], shape, a.reason + also + (f" -> {_settings(a.settings)}" if settings else "")))
     widths = [max(len(row[i]) for row in rows) for i in range(2)] if rows else []
     return [f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {reason}" for name, shape, reason in rows]
-
-
-# --- schedulers -------------------------------------------------------------------------------------------------------
-
-
-def _join(
-    optimizer: torch.optim.Optimizer, schedulers: Iterable[LRScheduler], new: int, like: int, lr: float, base: float
-) -> None:
-    """Let a new group follow the schedule of group `like`.
-
-    torch's schedulers keep a value per group in lists and in the groups. All make a group's learning rate from its
-    first one by an affine function: times a factor, or towards `eta_min`.
-    """
-    group, model = optimizer.param_groups[new], optimizer.param_groups[like]
-
-    def scaled(value: Any) -> Any:
-        if lr == base:
-            return value
-        return lr if bounds.number(value) == base else bounds.number(value) * (lr / base)
-
-    floor = sum(_floor(scheduler) for scheduler in schedulers)
-    first, now = bounds.number(model.get("initial_lr", base)), bounds.number(model["lr"])
-    if lr != base:
-        now = floor + (now - floor) * (scaled(first) - floor) / (first - floor) if first != floor else scaled(now)
-    group["lr"] = torch.full_like(model["lr"], now) if isinstance(model["lr"], torch.Tensor) else now
-    for key in ("initial_lr", "max_lr", "min_lr", "swa_lr"):
-        if key in model:
-            group[key] = scaled(model[key])
-    for key in ("max_momentum", "base_momentum"):
-        if key in model:
-            group[key] = model[key]
-            group |= {name: model[name] for name in ("momentum", "betas") if name in model}
-    for part in _parts(schedulers):
-        for name in ("base_lrs", "max_lrs", "_last_lr", "lr_lambdas", "min_lrs", "base_momentums", "max_momentums"):
-            values = getattr(part, name, None)
-            if isinstance(values, list) and len(values) == new:
-                value = values[like]
-                if name in ("base_lrs", "max_lrs"):
-                    value = scaled(value)
-                setattr(part, name, [*values, group["lr"] if name == "_last_lr" else value])
-
-
-def _parts(schedulers: Iterable[LRScheduler]) -> Iterator[LRScheduler]:
-    """The schedulers, and those that they are made of."""
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _parts(getattr(scheduler, "_schedulers", ()))
-
-
-def _floor(scheduler: LRScheduler) -> float:
-    """The learning rate that every group tends to at present."""
-    if isinstance(scheduler, SequentialLR):
-        return _floor(scheduler._schedulers[bisect_right(scheduler._milestones, scheduler.last_epoch)])
-    return float(getattr(scheduler, "eta_min", 0.0))

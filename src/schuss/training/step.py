@@ -16,8 +16,10 @@ from schuss.engine.pieces import EMA
 from schuss.training.accumulate import Window
 from schuss.training.clipping import clip_grad_norm_
 from schuss.training.epochs import kept_random
+from schuss.wrappers.outer import _chain
+from schuss.wrappers.sam import SAM
 
-__all__ = ["PRECISIONS", "Loss", "Step", "check_optimizer", "evaluating", "mean_loss"]
+__all__ = ["PRECISIONS", "Loss", "Step", "check_optimizer", "evaluating", "in_eval_mode", "mean_loss", "with_modes"]
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What autocast takes; None for no autocast."""
@@ -119,7 +121,8 @@ class Step:
 def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: LRScheduler | None) -> None:
     """Raise if the optimizer is none for `fit`, or has nothing to do with the model or the schedule."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
+    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
+    if needs_closure or any(isinstance(one, SAM) for one in _chain(optimizer)):
         raise TypeError(
             f"fit: {type(optimizer).__name__} needs a closure, for it evaluates the loss several times in a step; "
             "write the loop by hand, with optimizer.step(closure)"
@@ -134,17 +137,38 @@ def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: LRSchedule
 
 @contextmanager
 def evaluating(model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """A block in eval mode, without gradients, on the averages if the optimizer keeps them; then all is as before."""
+    """A block in eval mode, without gradients, on the averages if the optimizer keeps them; then all is as before.
+
+    An optimizer with an eval mode of its own, such as Schedule-Free's, is in it for the block.
+    """
     modes = [(module, module.training) for module in model.modules()]
     has_averages = any(EMA in kept for kept in optimizer.state.values())
     averaged = optimizer.averaged() if has_averages and hasattr(optimizer, "averaged") else nullcontext()
-    with kept_random(), averaged, torch.no_grad():
+    with kept_random(), averaged, in_eval_mode(optimizer), torch.no_grad():
         model.eval()
         try:
             yield
         finally:
             for module, training in modes:  # model.train() would wake those that are to stay in eval mode
                 module.training = training
+
+
+def with_modes(optimizer: Optimizer) -> list[Any]:
+    """The optimizers, of one and those in it, that have `train` and `eval`: whose parameters move between the two."""
+    return [one for one in _chain(optimizer) if all(callable(getattr(one, name, None)) for name in ("train", "eval"))]
+
+
+@contextmanager
+def in_eval_mode(optimizer: Optimizer) -> Iterator[None]:
+    """A block with parameters where they are to be evaluated; after it, where they are trained."""
+    switched = with_modes(optimizer)
+    try:
+        for one in switched:
+            one.eval()
+        yield
+    finally:
+        for one in switched:
+            one.train()
 
 
 def mean_loss(

@@ -8,26 +8,32 @@ the inner one's, because optimizers take a parameter for stepped as soon as it h
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import StateDict
 
 from schuss import bounds
 from schuss.optimizer import Optimizer
+from schuss.wrappers.outer import Outer
+from schuss.wrappers.outer import _chain as _chain
+from schuss.wrappers.outer import _params as _params
 
 if TYPE_CHECKING:
     from schuss.engine.plan import Plan
+    from schuss.wrappers.combined import Plans
 
 Own = dict[torch.Tensor, dict[str, Any]]
 
 
-class Wrapper(torch.optim.Optimizer):
+class Wrapper(Outer):
     """Base of optimizers that hold another one and let it step.
 
     A subclass says what it keeps per parameter (in `self._own[p]`, under `self._key(name)`), and writes `_step`, using
     `_step_inner`. Saving, loading, copying, hooks, gradient scaling, schedulers and nesting are done here.
+
+    The inner optimizer's class can load its state dict, too; what is the wrapper's, it carries along unused. And it
+    loads what the inner optimizer's class has saved: then the wrapper starts anew.
 
     Attributes:
         name: what its keys in groups and state begin with: "lookahead" makes "lookahead_slow", and "lookahead2_slow"
@@ -54,7 +60,7 @@ class Wrapper(torch.optim.Optimizer):
                 f"{owner}: the inner optimizer must be a torch.optim.Optimizer that has been made, got "
                 f"{getattr(inner, '__name__', type(inner).__name__)}; write {owner}(optim.SGD(parameters, lr=0.1))"
             )
-        super().__init__([{"params": []}], {})  # hooks, and whatever torch will want beside; groups are inner's
+        super().__init__()
         self.inner = inner
         alike = sum(other.name == self.name for other in _chain(inner) if isinstance(other, Wrapper))
         self._prefix = f"{self.name}{alike + 1 if alike else ''}_"
@@ -78,6 +84,10 @@ class Wrapper(torch.optim.Optimizer):
         for name, bound in self.bounds.items():
             if (key := self._key(name)) in group:
                 bounds.check(type(self).__name__, name, group[key], bound)
+
+    @property
+    def _inners(self) -> tuple[torch.optim.Optimizer, ...]:
+        return (self.inner,)
 
     # --- the inner optimizer's own objects --------------------------------------------------------------------------
     # Setters let torch's constructor pass, which runs before there is an inner optimizer.
@@ -159,7 +169,7 @@ class Wrapper(torch.optim.Optimizer):
         norm: torch.Tensor | None = getattr(self.inner, "last_grad_norm", None)
         return norm
 
-    def plan(self) -> "Plan":
+    def plan(self) -> "Plan | Plans":
         """What a step of the inner optimizer does; AttributeError if it is none of schuss's."""
         return self._ours("plan()").plan()
 
@@ -172,8 +182,8 @@ class Wrapper(torch.optim.Optimizer):
         """
         return self._ours("averaged()").averaged()
 
-    def _ours(self, what: str) -> "Optimizer | Wrapper":
-        if not isinstance(self.inner, (Optimizer, Wrapper)):
+    def _ours(self, what: str) -> Optimizer | Outer:
+        if not isinstance(self.inner, (Optimizer, Outer)):
             cls = type(self.inner)
             raise AttributeError(
                 f"{type(self).__name__}: {what} is of schuss's optimizers; {cls.__qualname__} has none"
@@ -181,37 +191,6 @@ class Wrapper(torch.optim.Optimizer):
         return self.inner
 
     # --- torch's contract -------------------------------------------------------------------------------------------
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @_disable_dynamo
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """A step of the inner optimizer, and what the wrapper does with it.
-
-        Hooks of the wrapper run once, round all of it; the inner optimizer's, and those of all optimizers
-        (`register_optimizer_step_pre_hook`), round the inner step.
-
-        Args:
-            closure: handed to the inner optimizer, which calls it once, or as often as it does (LBFGS).
-
-        Returns:
-            What the inner optimizer returns: the closure's loss, or None.
-        """
-        if not (self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks):
-            return self._step(closure)
-        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
-        kwargs: dict[str, Any] = {}
-        for pre_hook in self._optimizer_step_pre_hooks.values():
-            if (replaced := pre_hook(self, args, kwargs)) is not None:
-                args, kwargs = replaced
-        loss = self._step(*args[1:], **kwargs)
-        for post_hook in self._optimizer_step_post_hooks.values():
-            post_hook(self, args, kwargs)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the inner optimizer does."""
@@ -232,13 +211,7 @@ class Wrapper(torch.optim.Optimizer):
             self._check(param_group)
         self.inner.add_param_group(param_group)
 
-    def state_dict(self) -> StateDict:
-        """The state of both as one dict of torch's layout: plain tensors under the parameters' numbers.
-
-        The inner optimizer's class can load it, too; what is the wrapper's, it carries along unused.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
+    def _save(self) -> StateDict:
         state_dict: StateDict = dict(self.inner.state_dict())
         entries = dict(state_dict["state"])
         numbered = [*enumerate(_params(self.inner))]
@@ -253,25 +226,9 @@ class Wrapper(torch.optim.Optimizer):
             if left_over or own:
                 entries[index] = {k: v for k, v in kept.items() if k not in left_over} | own
         state_dict["state"] = entries
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            if (replaced := post_hook(self, state_dict)) is not None:
-                state_dict = replaced
         return state_dict
 
-    def load_state_dict(self, state_dict: StateDict, *, strict: bool = True) -> None:
-        """Load what `state_dict` returned, or what the inner optimizer's class saved: then the wrapper starts anew.
-
-        Args:
-            state_dict: the saved state.
-            strict: handed to the inner optimizer: see `schuss.Optimizer.load_state_dict`. torch's take True only.
-
-        Raises:
-            ValueError: other groups or shapes than this optimizer has.
-        """
-        state_dict = dict(state_dict)
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            if (replaced := pre_hook(self, state_dict)) is not None:
-                state_dict = replaced
+    def _restore(self, state_dict: StateDict, *, strict: bool) -> None:
         # Which saved entry is whose, by order or by name, is the inner optimizer's to know: what is the wrapper's
         # passes through it as one object that it does not look into.
         parcel = self._prefix.rstrip("_")
@@ -293,20 +250,11 @@ class Wrapper(torch.optim.Optimizer):
             for key, value in self._settings.items():
                 group.setdefault(key, value)
         self._load(found)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in self._pickled}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.inner!r}"
 
     # --- what subclasses use, and may override ----------------------------------------------------------------------
-
-    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """The step itself, without hooks."""
-        raise NotImplementedError
 
     def _step_inner(self, closure: Callable[[], float] | None) -> tuple[float | None, bool]:
         """Let the inner optimizer step; the loss, and whether it has stepped or skipped non-finite gradients."""
@@ -337,11 +285,6 @@ class Wrapper(torch.optim.Optimizer):
                 f"loaded state dict, its parameter has {tuple(p.shape)}"
             )
         return torch.empty_like(p, dtype=wide(p)).detach().copy_(value.detach())
-
-
-# torch wraps each class's `step`, once, to run hooks and to name it in profiles, for 3 us. This one runs its hooks, and
-# the inner one's name stands in profiles.
-Wrapper.step.hooked = True  # type: ignore[attr-defined]
 
 
 def wide(p: torch.Tensor) -> torch.dtype:
@@ -431,15 +374,3 @@ class Entry(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
-
-
-def _params(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, None]:
-    """All parameters in the order of their numbers in a state dict."""
-    return dict.fromkeys(p for group in optimizer.param_groups for p in group["params"])
-
-
-def _chain(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
-    """An optimizer and what it wraps, from the outside."""
-    yield optimizer
-    while isinstance(optimizer, Wrapper):
-        yield (optimizer := optimizer.inner)

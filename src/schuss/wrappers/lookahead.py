@@ -43,7 +43,7 @@ class Lookahead(Wrapper):
             with the weights. Numbers such as `step` go on in any case.
 
     Raises:
-        TypeError: `inner` is no optimizer.
+        TypeError: `inner` is no optimizer, or a Schedule-Free one, which averages by itself.
         ValueError: k or alpha out of bounds, or an unknown pullback.
 
     Source: Zhang, Lucas, Hinton, Ba 2019, arXiv 1907.08610, Algorithm 1; section 2 on the inner state.
@@ -59,6 +59,12 @@ class Lookahead(Wrapper):
     ) -> None:
         if pullback not in PULLBACKS:
             raise ValueError(f"Lookahead: pullback must be one of {', '.join(PULLBACKS)}, got {pullback!r}")
+        for one in _chain(inner):
+            if callable(getattr(one, "eval", None)):
+                raise TypeError(
+                    f"Lookahead: {type(one).__name__} keeps an average from which it knows where its parameters are; "
+                    "going back would move them away from it; use it without Lookahead"
+                )
         super().__init__(inner, {"k": k, "alpha": alpha})
         self._pullback = pullback
         self._count_in(torch.zeros((), dtype=torch.int64, device="cpu"))
@@ -223,7 +229,7 @@ class Lookahead(Wrapper):
 
     def _compensation(self, p: torch.Tensor) -> torch.Tensor | None:
         """What rounding="kahan" has cut off the parameter."""
-        if p.dtype not in HALF or not isinstance([*_chain(self.inner)][-1], Optimizer):
+        if p.dtype not in HALF or not any(isinstance(optimizer, Optimizer) for optimizer in _chain(self.inner)):
             return None
         compensation: torch.Tensor | None = (self.inner.state.get(p) or {}).get(COMPENSATION)
         return compensation
