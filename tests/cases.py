@@ -95,6 +95,87 @@ CASES: dict[str, list[Kwargs]] = {
         dict(lr=0.01, betas=(0.5, 0.8)),
         dict(lr=0.01, weight_decay=0.1, maximize=True),
     ],
+    "NAdamW": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8), eps=1e-3, weight_decay=0),
+        dict(lr=0.01, weight_decay=0.1, maximize=True),
+    ],
+    "AdaBelief": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8), eps=1e-3),
+        dict(lr=0.01, rectify=True),
+        dict(lr=0.01, weight_decay=0.1, decoupled_weight_decay=False),
+        dict(lr=0.01, amsgrad=True, weight_decay=0.1, maximize=True),
+    ],
+    "Adan": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8), beta3=0.6, eps=1e-3),
+        dict(lr=0.01, weight_decay=0.1, no_prox=True),
+        dict(lr=0.01, weight_decay=0.1, maximize=True),
+    ],
+    "AdEMAMix": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.0, 0.5), beta3=0.6, eps=1e-3),
+        dict(lr=0.01, alpha=5.0, beta3=0.99, beta3_warmup=6, alpha_warmup=4),
+        dict(lr=0.01, alpha=8.0, beta3_warmup=10, alpha_warmup=10, weight_decay=0.1, maximize=True),
+    ],
+    "LaProp": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8), eps=1e-3),
+        dict(lr=0.01, weight_decay=0.1, maximize=True),
+    ],
+    "Signum": [
+        dict(lr=0.01),
+        dict(lr=0.01, momentum=0),
+        dict(lr=0.01, momentum=0.5, weight_decay=0.1, maximize=True),
+    ],
+    "ScheduleFreeSGD": [
+        dict(lr=0.1),
+        dict(lr=0.1, momentum=1.0, warmup_steps=5),
+        dict(lr=0.1, momentum=0.5, weight_lr_power=0.0, r=1.0),
+        dict(lr=0.1, weight_decay=0.1, warmup_steps=3, r=1.0, weight_lr_power=1.0, maximize=True),
+    ],
+    "ScheduleFreeAdamW": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8), eps=1e-3, r=1.0),
+        dict(lr=0.01, warmup_steps=5, weight_lr_power=1.0),
+        dict(lr=0.01, weight_decay=0.1, warmup_steps=3, r=1.0, weight_lr_power=1.0, maximize=True),
+    ],
+    "ScheduleFreeRAdam": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.8, 0.9), eps=1e-3, silent_sgd_phase=False),
+        dict(lr=0.01, weight_decay=0.1, r=1.0, weight_lr_power=1.0, silent_sgd_phase=False, maximize=True),
+    ],
+    "LARS": [
+        dict(lr=0.5, trust_coefficient=0.1),
+        dict(lr=0.5, trust_coefficient=0.1, momentum=0, eps=0.1),
+        dict(lr=0.1, adapt=False, weight_decay=0.1),
+        dict(lr=0.5, trust_coefficient=0.1, nesterov=True, weight_decay=0.1, maximize=True),
+    ],
+    "LAMB": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8), eps=1e-3, weight_decay=0, bias_correction=False),
+        dict(lr=0.01, adapt=False),
+        dict(lr=0.01, phi=(0.5, 2.0), weight_decay=0.1, maximize=True),
+    ],
+    "StableAdamW": [
+        dict(lr=0.01),
+        dict(lr=0.01, betas=(0.5, 0.8), eps=1e-3, weight_decay=0),
+        dict(lr=0.01, weight_decay=0.1, maximize=True),
+    ],
+    "MARS": [
+        dict(lr=0.01),
+        dict(lr=0.01, gamma=0, clip=float("inf"), weight_decay=0.1),
+        dict(lr=0.01, betas=(0.5, 0.8), gamma=0.1, clip=0.5, amsgrad=True, weight_decay=0.1, maximize=True),
+    ],
+    "Prodigy": [
+        dict(lr=1.0, d0=1e-2),
+        dict(lr=1.0, d0=1e-2, betas=(0.5, 0.8), beta3=0.9, weight_decay=0.1, decouple=False),
+        dict(
+            lr=0.5, d0=1e-2, use_bias_correction=True, safeguard_warmup=True, growth_rate=1.1, d_coef=2.0,
+            weight_decay=0.1, maximize=True,
+        ),
+    ],
 }
 """Every form of every optimizer. The last one of a class has as much switched on as goes together."""
 
@@ -132,6 +213,65 @@ GROUPS: dict[str, list[Kwargs]] = {
         dict(weight_decay=0.1, decoupled_weight_decay=True),
     ],
     "Lion": [{}, dict(lr=0.3, weight_decay=0.1), dict(betas=(0.5, 0.6), maximize=True), dict(weight_decay=0.01)],
+    "NAdamW": [{}, dict(lr=0.3, weight_decay=0), dict(betas=(0.5, 0.6), maximize=True), dict(eps=0.1)],
+    "AdaBelief": [
+        {},
+        dict(lr=0.3, weight_decay=0.1, decoupled_weight_decay=False),
+        dict(amsgrad=True, maximize=True),
+        dict(rectify=True, eps=1e-3),
+    ],
+    "Adan": [{}, dict(lr=0.3, weight_decay=0.1), dict(beta3=0.5, maximize=True), dict(weight_decay=0.1, no_prox=True)],
+    "AdEMAMix": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(alpha=8.0, alpha_warmup=3, maximize=True),
+        dict(beta3=0.9, beta3_warmup=4),
+    ],
+    "LaProp": [{}, dict(lr=0.3, weight_decay=0.1), dict(betas=(0.5, 0.6), maximize=True), dict(eps=0.1)],
+    "Signum": [{}, dict(lr=0.3, weight_decay=0.1), dict(momentum=0, maximize=True), dict(momentum=0.5)],
+    "ScheduleFreeSGD": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(momentum=0.5, maximize=True),
+        dict(warmup_steps=3, r=1.0),
+    ],
+    "ScheduleFreeAdamW": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(betas=(0.5, 0.6), maximize=True),
+        dict(warmup_steps=3, r=1.0),
+    ],
+    "ScheduleFreeRAdam": [
+        {},
+        dict(lr=0.3, weight_decay=0.1),
+        dict(betas=(0.5, 0.6), silent_sgd_phase=False, maximize=True),
+        dict(weight_lr_power=0.0, eps=0.1),
+    ],
+    "LARS": [
+        {},
+        dict(lr=0.3, weight_decay=0.1, adapt=False),
+        dict(momentum=0, maximize=True),
+        dict(momentum=0.5, nesterov=True),
+    ],
+    "LAMB": [
+        {},
+        dict(lr=0.3, weight_decay=0.1, adapt=False),
+        dict(bias_correction=False, maximize=True),
+        dict(phi=(0.5, 2.0)),
+    ],
+    "StableAdamW": [{}, dict(lr=0.3, weight_decay=0), dict(betas=(0.5, 0.6), maximize=True), dict(eps=0.1)],
+    "MARS": [
+        {},
+        dict(lr=0.3, weight_decay=0.1, gamma=0, clip=float("inf")),
+        dict(amsgrad=True, maximize=True),
+        dict(gamma=0.1, clip=0.5),
+    ],
+    "Prodigy": [
+        {},
+        dict(lr=0.0, weight_decay=0.1),
+        dict(decouple=False, weight_decay=0.1, maximize=True),
+        dict(safeguard_warmup=True, use_bias_correction=True),
+    ],
 }
 """Hyperparameters of four groups of one optimizer: decay and none, maximize and not, with and without a state."""
 
@@ -155,11 +295,13 @@ ERRORS: list[tuple[str, Kwargs, type[Exception], str]] = [
     *(
         (name, dict(eps=-1e-9), ValueError, rf"{name}: eps {INTERVAL} -1e-09$")
         for name in CASES
-        if name not in ("SGD", "ASGD", "Rprop", "Lion")
+        if name not in ("SGD", "ASGD", "Rprop", "Lion", "Signum", "ScheduleFreeSGD")
     ),
     *(
         (name, dict(betas=betas), ValueError, rf"{name}: betas{where}")
-        for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "ADOPT", "Lion")
+        for name in CASES
+        if name not in ("SGD", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop", "Signum", "LARS")
+        and not name.startswith("ScheduleFree")
         for betas, where in (
             ((1.0, 0.9), r"\[0\] must be in \[0, 1\), got 1\.0$"),
             ((-0.1, 0.9), r"\[0\] must be in \[0, 1\), got -0\.1$"),
@@ -188,6 +330,46 @@ ERRORS: list[tuple[str, Kwargs, type[Exception], str]] = [
     ("Rprop", dict(etas=(0.5, 1.0)), ValueError, r"Rprop: etas\[1\] must be in \(1, inf\), got 1\.0$"),
     ("Rprop", dict(step_sizes=(-1e-6, 50)), ValueError, rf"Rprop: step_sizes\[0\] {INTERVAL} -1e-06$"),
     ("ADOPT", dict(clip_exp=-0.25), ValueError, r"ADOPT: clip_exp must be None or in \[0, inf\), got -0\.25$"),
+    ("Adan", dict(beta3=1.0), ValueError, r"Adan: beta3 must be in \[0, 1\), got 1\.0$"),
+    ("Adan", dict(betas=(0.9, 0.8, 0.7)), ValueError, r"Adan: betas must be two numbers, got \(0\.9, 0\.8, 0\.7\)$"),
+    ("AdEMAMix", dict(beta3=1.0), ValueError, r"AdEMAMix: beta3 must be in \[0, 1\), got 1\.0$"),
+    ("AdEMAMix", dict(alpha=-1.0), ValueError, rf"AdEMAMix: alpha {INTERVAL} -1\.0$"),
+    *(
+        ("AdEMAMix", {name: -1}, ValueError, rf"AdEMAMix: {name} must be None or in \[0, inf\), got -1$")
+        for name in ("beta3_warmup", "alpha_warmup")
+    ),
+    ("Signum", dict(momentum=1.0), ValueError, r"Signum: momentum must be in \[0, 1\), got 1\.0$"),
+    *(
+        ("ScheduleFreeSGD", dict(momentum=momentum), ValueError, rf"SGD: momentum must be in \(0, 1\], got {momentum}$")
+        for momentum in (0, -0.5, 1.5)
+    ),
+    *(
+        (name, dict(betas=betas), ValueError, rf"{name}: betas\[{i}\] must be in {bound}, got {betas[i]}$")
+        for name in ("ScheduleFreeAdamW", "ScheduleFreeRAdam")
+        for betas, i, bound in (
+            ((0.0, 0.9), 0, r"\(0, 1\]"),
+            ((1.5, 0.9), 0, r"\(0, 1\]"),
+            ((0.9, 1.0), 1, r"\[0, 1\)"),
+        )
+    ),
+    *(
+        (name, {argument: -1}, ValueError, rf"{name}: {argument} {INTERVAL} -1$")
+        for name in ("ScheduleFreeSGD", "ScheduleFreeAdamW", "ScheduleFreeRAdam")
+        for argument in ("r", "weight_lr_power", *(["warmup_steps"] if "RAdam" not in name else []))
+    ),
+    ("ScheduleFreeRAdam", dict(betas=(0.9, 0.6)), ValueError, r"betas\[1\] must be above 0\.6 .* got 0\.6; set silent"),
+    ("LARS", dict(momentum=-0.5), ValueError, rf"LARS: momentum {INTERVAL} -0\.5$"),
+    ("LARS", dict(trust_coefficient=-1.0), ValueError, rf"LARS: trust_coefficient {INTERVAL} -1\.0$"),
+    ("LARS", dict(nesterov=True, momentum=0), ValueError, r"LARS: nesterov=True needs momentum, got momentum=0$"),
+    ("LAMB", dict(phi=(-1.0, 1.0)), ValueError, rf"LAMB: phi\[0\] {INTERVAL} -1\.0$"),
+    ("LAMB", dict(phi=(0.0, 0.0)), ValueError, r"LAMB: phi\[1\] must be in \(0, inf\], got 0\.0$"),
+    ("LAMB", dict(phi=(2.0, 1.0)), ValueError, r"LAMB: phi must be a lower bound and .*, got \(2\.0, 1\.0\)$"),
+    ("MARS", dict(gamma=-0.1), ValueError, rf"MARS: gamma {INTERVAL} -0\.1$"),
+    ("MARS", dict(clip=0.0), ValueError, r"MARS: clip must be in \(0, inf\], got 0\.0$"),
+    ("Prodigy", dict(beta3=1.0), ValueError, r"Prodigy: beta3 must be None or in \[0, 1\), got 1\.0$"),
+    ("Prodigy", dict(d0=0.0), ValueError, r"Prodigy: d0 must be in \(0, inf\), got 0\.0$"),
+    ("Prodigy", dict(d_coef=0.0), ValueError, r"Prodigy: d_coef must be in \(0, inf\), got 0\.0$"),
+    ("Prodigy", dict(growth_rate=0.5), ValueError, r"Prodigy: growth_rate must be in \[1, inf\], got 0\.5$"),
     ("ASGD", dict(t0="late"), TypeError, r"ASGD: t0 must be a number in \(-inf, inf\), got 'late' \(str\)$"),
     *(
         (name, dict(fused=True, foreach=True), RuntimeError, r"`fused` and `foreach` cannot be `True` together")

@@ -171,7 +171,7 @@ def sections() -> dict[str, str]:
     return {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
 
 
-@pytest.mark.parametrize("cls", optim.RULES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*optim.RULES, *optim.OF_ANOTHER_KIND], ids=lambda cls: cls.__name__)
 def test_every_optimizer_has_a_section_with_its_hyperparameters(cls: type[torch.optim.Optimizer]) -> None:
     """Each with the default that the constructor has and the bounds that it enforces; and with the bytes of state."""
     section = sections()[cls.__name__]

@@ -109,14 +109,14 @@ def test_bytes_in_bfloat16_and_what_kahan_adds() -> None:
 def test_agrees_with_the_plan_and_with_the_tensors_of_a_step(cls: Any, dtype: torch.dtype) -> None:
     settings = {"momentum": 0.9} if cls is optim.SGD else {}
     predicted = footprint(small_model().parameters(), cls, settings, dtype=dtype)
-    assert [row.state_dtype for row in predicted if row.state is None] == (
-        ["int8"] if cls in (optim.Rprop, optim.ASGD) else []
-    )
+    refused = ["int8"] if cls in (optim.Rprop, optim.ASGD, optim.AdEMAMix, optim.Prodigy) else []
+    refused = ["bfloat16", "int8"] if cls.__name__.startswith("ScheduleFree") else refused
+    assert [row.state_dtype for row in predicted if row.state is None] == refused
     for row in predicted:
         model = small_model().to(dtype)
         options = settings | {"state_dtype": row.state_dtype, "rounding": row.rounding}
         if row.state is None:
-            with pytest.raises(ValueError, match="must be float32 or bfloat16") as raised:
+            with pytest.raises(ValueError, match="must be float32") as raised:
                 cls(model.parameters(), **options)
             assert row.remarks == (str(raised.value),)
             assert row.total is row.moved is row.seconds(1.0) is None

@@ -22,13 +22,19 @@ if TYPE_CHECKING:
     from schuss.training import unfreeze as unfreeze
     from schuss.training.accumulate import accumulate as accumulate
     from schuss.training.fit import fit as fit
+    from schuss.wrappers import ASAM as ASAM
+    from schuss.wrappers import SAM as SAM
+    from schuss.wrappers import Combined as Combined
     from schuss.wrappers import Lookahead as Lookahead
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASAM",
+    "SAM",
     "Checkpoint",
     "CheckpointError",
+    "Combined",
     "History",
     "Lookahead",
     "Optimizer",
@@ -54,7 +60,10 @@ _LATER = {
     "fit": "schuss.training",
     "load_checkpoint": "schuss.training",
     "save_checkpoint": "schuss.training",
+    "ASAM": "schuss.wrappers",
+    "Combined": "schuss.wrappers",
     "Lookahead": "schuss.wrappers",
+    "SAM": "schuss.wrappers",
     "Schedule": "schuss.schedules",
     "accumulate": "schuss.training",
     "clip_grad_norm_": "schuss.training",

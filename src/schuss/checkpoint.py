@@ -117,7 +117,8 @@ def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str
 
     for state in optimizer._rule.states.values():
         codes, absmax = f"{state.name}_codes", f"{state.name}_absmax"
-        check(state.name, state.shape(p))
+        if state.name in kept:
+            check(state.name, state.shape(p))
         value = kept.get(state.name)
         if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"{owner}: {state.name!r} of {name} must be floating-point, got {value.dtype}")

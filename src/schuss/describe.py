@@ -2,21 +2,27 @@
 
 import importlib
 import inspect
+import math
 import textwrap
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
 import torch
+from sympy.printing.pretty.stringpict import prettyForm
 
 from schuss import optim
 from schuss.bounds import nearest
-from schuss.engine.bucket import scalars_of
+from schuss.engine.bucket import make
 from schuss.engine.numba_kernel import NUMBERS
+from schuss.engine.route import missing_form
+from schuss.engine.stages import MEANS, SIZES, SUMS, Domain, Sums, Transform, is_staged
 from schuss.engine.state import chosen, parameter_storage
 from schuss.engine.storage import SMALLEST_BLOCKWISE, Layout, Storage, as_reals
-from schuss.engine.trace import Expr, Graph, parameters, used
+from schuss.engine.trace import Expr, Formula, Graph, parameters, used
+from schuss.formula import MatrixCall
+from schuss.matrices.newton_schulz import orthogonalize
 from schuss.optimizer import Optimizer
 from schuss.rule import Rule
 
@@ -39,17 +45,19 @@ class Row:
     name: str
     summary: str
     state_bytes: int
-    """Bytes of state per float32 element, with the default hyperparameters."""
+    """Bytes of state per float32 element, with the default hyperparameters; not those of rows and columns."""
     source: str
 
 
 def table() -> list[Row]:
     """The optimizers of schuss."""
     rows = []
-    for cls in optim.RULES:
+    for cls in (*optim.RULES, *optim.OF_ANOTHER_KIND):
         rule, group = _declared(cls, {})
-        states = rule.present(rule.variant(group))
-        rows.append(Row(cls.__name__, summary(cls), 4 * len(states), cls.source))
+        states = sum(state.like == "p" for state in rule.present(rule.variant(group)))
+        if issubclass(cls, optim.LBFGS):
+            states = cls.vectors_kept(group)
+        rows.append(Row(cls.__name__, summary(cls), 4 * states, cls.source))
     return rows
 
 
@@ -62,7 +70,7 @@ def find(name: str) -> type[Optimizer]:
     """The optimizer called `name`, of schuss or, as `module:Class`, of anybody.
 
     Raises:
-        ValueError: there is none, or it is no schuss optimizer.
+        ValueError: there is none, or it is no schuss optimizer, or one without a formula.
     """
     if ":" in name:
         module, _, attribute = name.partition(":")
@@ -72,11 +80,14 @@ def find(name: str) -> type[Optimizer]:
             raise ValueError(f"cannot find {name}: {error}") from error
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise ValueError(f"{name} is not a subclass of schuss.Optimizer")
-        return cls
-    known = {cls.__name__: cls for cls in optim.RULES}
-    if name not in known:
-        raise ValueError(f"unknown optimizer {name!r}: {nearest(name, known)}")
-    return known[name]
+    else:
+        known = {cls.__name__: cls for cls in (*optim.RULES, *optim.OF_ANOTHER_KIND)}
+        if name not in known:
+            raise ValueError(f"unknown optimizer {name!r}: {nearest(name, known)}")
+        cls = known[name]
+    if issubclass(cls, optim.LBFGS):
+        raise ValueError(f"{name} is a search along lines: it has neither a formula of one element nor a plan")
+    return cls
 
 
 @dataclass(frozen=True)
@@ -86,37 +97,83 @@ class Kernel:
     label: str
     source: str
     layout: Layout
+    sums: bool = False
+    """Whether it finds sums, and stores nothing."""
+    heading: str = ""
+    """Which of several passes it is."""
 
 
-def kernel(
+def kernels(
     cls: type[Optimizer],
     settings: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
     *,
     backend: str = "numba",
-) -> Kernel:
-    """The kernel of an optimizer for tensors large enough for every storage.
+) -> list[Kernel]:
+    """The kernels of an optimizer in the order of a step's passes, for tensors large enough for every storage.
 
     Args:
         cls: the optimizer.
-        settings: hyperparameters and options: state_dtype and rounding choose what it loads and stores.
+        settings: hyperparameters and options: state_dtype and rounding choose what they load and store.
         dtype: of the parameters and gradients.
         backend: "numba" or "triton".
+
+    Raises:
+        ValueError: the back end has none for this rule.
     """
-    p = torch.empty(SMALLEST_BLOCKWISE, dtype=dtype, device="meta")
-    optimizer = cls([p], **settings)
+    optimizer, p = _example(cls, settings, dtype)
     rule, group = optimizer._rule, optimizer.param_groups[0]
-    variant = rule.variant(group)
+    variant = rule.variant(group, p)
+    if (obstacle := missing_form(rule.needs(variant), backend, p)) is not None:
+        raise ValueError(f"{cls.__name__}: {backend} has no kernel: {obstacle}; use backend='numba'")
     pieces = rule.pieces(rule.unpack(rule.numbers(group)))
-    states = {n: chosen(optimizer, p, rule.states[n])[0] for n, there in rule.letters(variant).items() if there}
+    there = {n: rule.states[n] for n, exists in rule.letters(variant).items() if exists}
+    states = {n: chosen(optimizer, p, state)[0] for n, state in there.items() if state.like == "p"}
     layout = as_reals({"p": parameter_storage(optimizer, p), "g": Storage(p.dtype), **states})
-    formula, scalars = scalars_of(rule, variant, pieces, layout)
+    of_formula, of_sums = _texts(f"{cls.__module__}.{cls.__name__}", backend, "vectors" in rule.needs(variant))
+    made, label = make(rule, variant, pieces, layout, of_formula, of_sums), cls.__name__.lower()
+    found: list[Kernel] = []
+    for k, level in enumerate(made.stages.levels if made.stages is not None else ()):
+        if level.sums is not None:
+            found.append(Kernel("sum", made.sums[k], layout, sums=True, heading="finds sums"))
+        if level.transforms:
+            told = "; ".join(map(_told, level.transforms))
+            found.append(Kernel(label, made.stores[k], layout, heading=f"writes matrices for torch: {told}"))
+    found.append(Kernel(label, made.kernel, layout, heading="updates"))
+    if len(found) == 1:
+        return [replace(found[0], heading="")]
+    return [replace(one, heading=f"pass {k} of {len(found)} {one.heading}") for k, one in enumerate(found, start=1)]
+
+
+def _texts(
+    title: str, backend: str, in_rows: bool
+) -> tuple[
+    Callable[[Formula, tuple[str, ...], Layout, Mapping[str, Domain]], str],
+    Callable[[Sums, Layout], str],
+]:
+    """What writes the kernels of formulas and of sums, as the buckets of a back end do."""
+    of_sums = f"Sums of {title}"
+    if in_rows:
+        from schuss.engine.numba_rows import rows_source
+
+        return (
+            lambda formula, scalars, layout, vectors: rows_source(title, formula, scalars, layout, vectors),
+            lambda sums, layout: rows_source(of_sums, sums.formula, sums.scalars, layout, sums.vectors, sums),
+        )
     if backend == "triton":
-        from schuss.engine.triton import kernel_source
+        from schuss.engine.triton import kernel_source, sum_source
     else:
-        from schuss.engine.numba_kernel import kernel_source
-    source = kernel_source(f"{cls.__module__}.{cls.__name__}", formula, scalars, layout)
-    return Kernel(cls.__name__.lower(), source, layout)
+        from schuss.engine.numba_kernel import kernel_source, sum_source
+    return (
+        lambda formula, scalars, layout, _: kernel_source(title, formula, scalars, layout),
+        lambda sums, layout: sum_source(of_sums, sums, layout),
+    )
+
+
+def _told(transform: Transform) -> str:
+    """A function of matrices as a statement of the kernels' names."""
+    call = f"{transform.node.op.function.__name__}({transform.argument})"
+    return call if transform.result is None else f"{transform.result} = {call}"
 
 
 def show(
@@ -147,12 +204,16 @@ def show(
         kinds = {str(d).removeprefix("torch."): d for d in known}
         if dtype not in kinds:
             raise ValueError(f"no kernel for dtype {dtype!r}: {nearest(dtype, kinds)}")
-        made = kernel(cls, settings, kinds[dtype], backend=backend)
-        if ptx is None:
-            return made.source.rstrip()
-        from schuss.engine.triton import compiled
+        shown = []
+        for one in kernels(cls, settings, kinds[dtype], backend=backend):
+            text = one.source
+            if ptx is not None:
+                from schuss.engine.triton import compiled
 
-        return compiled(made.label, made.source, made.layout, ptx).ptx.rstrip()
+                text = compiled(one.label, one.source, one.layout, ptx, sums=one.sums).ptx
+            mark = "//" if ptx is not None else "#"
+            shown.append((f"{mark} --- {one.heading} ---\n\n" if one.heading else "") + text.strip())
+        return "\n\n\n".join(shown)
     if backend == "reference":
         parts = (
             [cls.scalars, cls.rule] if "scalars" in vars(cls) or cls.scalars is not Optimizer.scalars else [cls.rule]
@@ -178,8 +239,9 @@ def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sy
     pieces = rule.pieces(rule.unpack(rule.numbers(group)))
     scalars = _scalars(rule, group)
     formula, names = rule.trace(variant, pieces)
+    shared = _shared(formula)
     written = {str(name): _previous(str(name)) for name in formula.inputs} | {"g": sympy.Symbol("g_t")}
-    longer = []
+    longer: list[sympy.Eq] = []
     read = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
     for name in (n for n in names if n in read):
         value = scalars.get(name, _symbol(name))
@@ -187,19 +249,42 @@ def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sy
             longer.append(sympy.Eq(_symbol(name), value, evaluate=False))
             value = _symbol(name)
         written[name] = value
-    convert = _Converter(written)
-    equations = []
+    convert = _Converter(written, shared)
     for name, node in sorted(formula, key=lambda pair: pair[0] == "p"):
         current = sympy.Symbol(f"{name}_t")
-        equations.append(sympy.Eq(current, convert(node), evaluate=False))
+        convert.equations.append(sympy.Eq(current, convert(node), evaluate=False))
         if node.op != "name":
             convert.known[node] = current
-    return longer, equations
+    return longer, convert.equations
+
+
+def _shared(formula: Formula) -> dict[Expr, str]:
+    """What is summed over, and used beside that, with letters for it: it is written once."""
+    if not is_staged(formula):
+        return {}
+    users: dict[Expr, set[Expr]] = {}
+    for node in used(formula.outputs.values()):
+        for arg in node.args:
+            users.setdefault(arg, set()).add(node)
+    summed = [node for node, by in users.items() if len(by) > 1 and any(user.op in (*SUMS, *MEANS) for user in by)]
+    letters = (letter for letter in "uwxyzabcde" if letter not in formula.inputs)
+    known = set(formula.outputs.values())
+    return {node: next(letters) for node in summed if not known & {node} and len(used([node])) > 4}
 
 
 def _declared(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    optimizer = cls([torch.zeros(1)], **settings)
+    optimizer, _ = _example(cls, settings)
     return optimizer._rule, optimizer.param_groups[0]
+
+
+def _example(
+    cls: type[Optimizer], settings: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> tuple[Optimizer, torch.Tensor]:
+    """An optimizer of one parameter that it takes, a matrix if it can be, and this parameter."""
+    side = math.isqrt(SMALLEST_BLOCKWISE)
+    shapes = [(side, side), (SMALLEST_BLOCKWISE,), *((side, side, *[1] * more) for more in range(1, 9))]
+    p = next(q for shape in shapes if cls.takes(q := torch.empty(shape, dtype=dtype, device="meta")))
+    return cls([p], **settings), p
 
 
 def _scalars(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,14 +294,15 @@ def _scalars(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
         k: (graph.name(_singular(k) + "1"), graph.name(_singular(k) + "2")) for k in rule.numeric if k in rule.pairs
     }
     hyper: dict[str, Any] = {k: pairs.get(k, graph.name(k)) for k in rule.numeric}
+    flags = {k: sympy.Integer(group[k]) for k in rule.numeric if isinstance(group[k], bool)}
     constants = {"gain": -1 if group.get("maximize") else 1, "decoupled": int(rule.is_decoupled(group))}
-    kept = {n: graph.name(n) for n in (*rule.scalar_states, "step", "first")}
+    kept = {n: graph.name(n) for n in (*rule.scalar_states, "step", "first", "dtype_eps")}
     wanted = parameters(rule.scalars)
     values = dict(rule.scalars(**{n: (hyper | constants | kept)[n] for n in wanted}))
     values.setdefault("decay", 1 - hyper["lr"] * hyper["weight_decay"] if "weight_decay" in hyper else 1)
     values.setdefault("gain", constants["gain"])
     first = sympy.Eq(sympy.Symbol("t"), 1) if rule.has_step else sympy.Symbol("first")
-    known = {n: _previous(n) for n in rule.scalar_states if n != "step"} | {"first": first}
+    known = {n: _previous(n) for n in rule.scalar_states if n != "step"} | {"first": first} | flags
     convert = _Converter(known)
     return {n: convert(v) if isinstance(v, Expr) else _number(v) for n, v in values.items()}
 
@@ -224,13 +310,19 @@ def _scalars(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
 class _Converter:
     """Expressions of a rule as sympy's, with names written as papers write them."""
 
-    def __init__(self, names: Mapping[str, Any]) -> None:
-        self.names = names
+    def __init__(self, names: Mapping[str, Any], shared: Mapping[Expr, str] | None = None) -> None:
+        self.names, self.shared = names, shared or {}
         self.known: dict[Expr, Any] = {}
+        self.equations: list[sympy.Eq] = []
+        """Of what is given a letter, and of matrices that are decomposed, in the order in which they are needed."""
 
     def __call__(self, node: Expr) -> Any:
         if node not in self.known:
-            self.known[node] = self._convert(node)
+            value = self._convert(node)
+            if node in self.shared:
+                value, meaning = sympy.Symbol(f"{self.shared[node]}_t"), value
+                self.equations.append(sympy.Eq(value, meaning, evaluate=False))
+            self.known[node] = value
         return self.known[node]
 
     def _convert(self, node: Expr) -> Any:
@@ -238,7 +330,84 @@ class _Converter:
             return self.names.get(node.value, _symbol(node.value))
         if node.op == "const":
             return _number(node.value)
+        if node.op in SIZES:
+            return sympy.Symbol(node.op, integer=True, positive=True)
+        if node.op == "div" and _is_size(node.args[1]) and node.args[0].op in SUMS:
+            return Mean(sympy.prod(map(self, node.args[0].args)))
+        if isinstance(node.op, MatrixCall):
+            return self._matrices(node)
         return _SYMPY[node.op](*map(self, node.args))
+
+    def _matrices(self, node: Expr) -> Any:
+        name, args = node.op.function.__name__, list(map(self, node.args))
+        if name != orthogonalize.__name__ or any(equation.lhs == _USV for equation in self.equations):
+            return sympy.Function(name, real=True)(*args)
+        self.equations.append(sympy.Eq(_USV, args[0], evaluate=False))
+        return _UV
+
+
+def _is_size(node: Expr) -> bool:
+    """Whether it is the divisor of a mean, which is never 0."""
+    return node.op == "maximum" and [arg.op for arg in node.args] == ["size", "const"]
+
+
+class _Word(sympy.Function):  # type: ignore[misc]
+    """A word about a whole tensor, printed as it is written in rules."""
+
+    text, tex, brackets = "", "", ("(", ")", r"\left(", r"\right)")
+    is_real = True
+
+    def _pretty(self, printer: Any) -> Any:
+        inside = printer._print_seq(self.args, delimiter=", ")
+        return prettyForm(*prettyForm(*inside.parens(*self.brackets[:2])).left(self.text))
+
+    def _latex(self, printer: Any, exp: Any = None) -> str:
+        inside = ", ".join(map(printer._print, self.args))
+        written = f"{self.tex}{self.brackets[2]} {inside} {self.brackets[3]}"
+        return written if exp is None else f"{written}^{{{exp}}}"
+
+
+class Mean(_Word):
+    text, tex = "mean", r"\operatorname{mean}"
+
+
+class Total(_Word):
+    text, tex = "sum", r"\operatorname{sum}"
+
+
+class RowMean(_Word):
+    text, tex = "row_mean", r"\operatorname{mean}_{\text{row}}"
+
+
+class ColumnMean(_Word):
+    text, tex = "column_mean", r"\operatorname{mean}_{\text{column}}"
+
+
+class Everywhere(_Word):
+    text, tex = "everywhere", r"\operatorname{sum}_{\text{tensors}}"
+
+
+class Inner(_Word):
+    text, tex, brackets = "dot", "", ("(", ")", r"\left\langle", r"\right\rangle")
+
+
+class Norm(_Word):
+    text, tex, brackets = "norm", "", ("(", ")", r"\left\lVert", r"\right\rVert")
+    is_nonnegative = True
+
+
+class _Product(sympy.Symbol):  # type: ignore[misc]
+    """A product of matrices, as one symbol."""
+
+    def _pretty(self, printer: Any) -> Any:
+        return prettyForm(self.name)
+
+    def _latex(self, printer: Any) -> str:
+        return self.name.replace("ᵀ", "^T")
+
+
+_USV, _UV = _Product("U S Vᵀ", real=True), _Product("U Vᵀ", real=True)
+"""What is orthogonalized, as a decomposition, and what comes out."""
 
 
 _SYMPY = {
@@ -256,13 +425,25 @@ _SYMPY = {
     "ne": sympy.Ne,
     "lerp": lambda a, b, weight: a + weight * (b - a),
     "logical_and": sympy.And,
+    "dot": lambda a, b: Norm(a) ** 2 if a == b else Inner(a, b),
+    "total": Total,
+    "row_mean": RowMean,
+    "column_mean": ColumnMean,
+    "everywhere": Everywhere,
     "sqrt": sympy.sqrt,
+    "exp": sympy.exp,
+    "log": sympy.log,
     "absolute": sympy.Abs,
     "sign": sympy.sign,
     "maximum": sympy.Max,
     "minimum": sympy.Min,
-    "where": lambda condition, yes, no: sympy.Piecewise((yes, condition), (no, True)),
+    "where": lambda condition, yes, no: sympy.Piecewise((yes, _condition(condition)), (no, True)),
 }
+
+
+def _condition(value: Any) -> Any:
+    """A flag among the scalars is a number, 0 or 1."""
+    return sympy.Ne(value, 0) if isinstance(value, sympy.Integer) else value
 
 
 def _number(value: float) -> Any:

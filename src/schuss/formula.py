@@ -8,6 +8,7 @@ Most words are about one element. `dot`, `total`, `row_mean` and `column_mean`, 
 whole tensor: a rule that uses them is cut into passes there, one that finds the sums and one that uses them.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +203,7 @@ def _rows(x: torch.Tensor) -> int:
 
 
 def _columns(x: torch.Tensor) -> int:
-    return x[:1].numel()
+    return math.prod(x.shape[1:])
 
 
 def _named(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -269,7 +270,7 @@ class MatrixCall:
 
     def __call__(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """The value, in the dtype of x; x of more dimensions is a matrix whose rows are its first one."""
-        matrices = x.reshape(*x.shape[:1], -1)
+        matrices = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         value = self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype)
         return value if self.square else value.view_as(x)
 

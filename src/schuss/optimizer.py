@@ -14,6 +14,7 @@ from schuss.engine.clip import SkippedStep
 from schuss.engine.pieces import EMA
 from schuss.engine.process import uninterrupted
 from schuss.options import Options, Settings
+from schuss.roles import check_dimensions, names_of
 from schuss.rule import Rule, State
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Optimizer(torch.optim.Optimizer):
         choices: hyperparameters that are no numbers, or are settings of a function of matrices: `rule` is given them as
             they are, and may branch on them.
         decay: what a hyperparameter `weight_decay` means: "l2", "decoupled", or None: the rule's own business.
+        dimensions: how many each of its parameters may have, as an interval such as "[2, inf)"; by default any number.
+        takes_complex: whether its parameters may be complex (default True).
         source: authors, year and arXiv id.
 
     Args:
@@ -70,6 +73,8 @@ class Optimizer(torch.optim.Optimizer):
     bounds: ClassVar[Mapping[str, str | tuple[str, ...]]] = {}
     choices: ClassVar[tuple[str, ...]] = ()
     decay: ClassVar[Literal["l2", "decoupled"] | None] = None
+    dimensions: ClassVar[str] = "[0, inf)"
+    takes_complex: ClassVar[bool] = True
     source: ClassVar[str] = ""
     after_step: ClassVar[Callable[..., None] | None] = None
     """Method `after_step(params)`: what a rule does to states once all parameters with a gradient, which it is given,
@@ -126,6 +131,11 @@ class Optimizer(torch.optim.Optimizer):
     @classmethod
     def check_group(cls, group: Mapping[str, Any]) -> None:
         """Raise on hyperparameters that are wrong together; each is within its bounds already."""
+
+    @classmethod
+    def takes(cls, p: torch.Tensor) -> bool:
+        """Whether a tensor can be one of its parameters."""
+        return p.dim() in bounds.Interval.parse(cls.dimensions) and (cls.takes_complex or not p.is_complex())
 
     @classmethod
     def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense"] | None:
@@ -239,6 +249,7 @@ class Optimizer(torch.optim.Optimizer):
                 identities = {id(t[1] if isinstance(t, tuple) else t) for t in tensors}
                 if len(identities) != len(tensors):
                     raise ValueError(f"{type(self).__name__}: a parameter appears twice in one group")
+            self._check_parameters(param_group)
         super().add_param_group(param_group)
         if self.eager_state:
             for p in self.param_groups[-1]["params"]:
@@ -317,6 +328,24 @@ class Optimizer(torch.optim.Optimizer):
             )
         self._options.check_exact(owner, self._rule.states.values(), group)
         self.check_group(group)
+
+    def _check_parameters(self, group: Mapping[str, Any]) -> None:
+        """Raise on parameters that the rule has no meaning for; those that are no tensors are left to torch."""
+        given = group.get("params")
+        pairs = [given] if isinstance(given, torch.Tensor) else given or ()
+        tensors = [pair[-1] if isinstance(pair, tuple) else pair for pair in pairs]
+        if all(not isinstance(t, torch.Tensor) or (self.takes(t) and not t.is_complex()) for t in tensors):
+            return
+        owner, index = type(self).__name__, len(self.param_groups)
+        named = [(name, p) for name, p in names_of(group, index) if isinstance(p, torch.Tensor)]
+        check_dimensions(owner, named, self.dimensions)
+        settings = self.defaults | dict(group)
+        for name, p in named:
+            if p.is_complex() and not (self.takes_complex and not self._rule.needs(self._rule.variant(settings, p))):
+                raise ValueError(
+                    f"{owner}: its parameters must be real, and {name} is {str(p.dtype).removeprefix('torch.')}; give "
+                    "it to an optimizer whose rule is about single elements, such as AdamW"
+                )
 
     def _plan_and_run(self, gain: float | torch.Tensor, skip: torch.Tensor | None) -> None:
         from schuss.engine.plan import Plan

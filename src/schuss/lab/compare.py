@@ -11,6 +11,7 @@ import torch
 
 from schuss.lab.candidate import Candidate
 from schuss.lab.workload import Workload
+from schuss.training.step import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def train(workload: Workload, candidate: Candidate, lr: float, *, seed: int = 0,
                 began = after
             if not math.isfinite(train_loss[-1]):
                 break
-            tests.append(workload.evaluate(model))
+            with in_eval_mode(optimizer):
+                tests.append(workload.evaluate(model))
     return Run(
         optimizer=candidate.name,
         lr=lr,

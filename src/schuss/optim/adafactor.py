@@ -59,6 +59,7 @@ class Adafactor(Optimizer):
         "v": State("variance", when=lambda group, p: p.dim() < 2, nonnegative=True),
         "m": State("exp_avg", when="beta1", exact=True),
     }
+    takes_complex = False
     source = "Shazeer, Stern 2018, arXiv:1804.04235"
 
     def __init__(

@@ -11,7 +11,6 @@ from schuss.formula import columns, lerp, matrix_function, maximum, norm, row_me
 from schuss.matrices.newton_schulz import PRESETS, Coefficients
 from schuss.matrices.newton_schulz import orthogonalize as _orthogonalize
 from schuss.optimizer import Number, Optimizer, Options
-from schuss.roles import check_matrices
 from schuss.rule import State
 
 orthogonalize = matrix_function(_orthogonalize, torch.bfloat16)
@@ -65,6 +64,8 @@ class Muon(Optimizer):
     states = {"m": "momentum_buffer"}
     has_step = False
     decay = "decoupled"
+    dimensions = "[2, inf)"
+    takes_complex = False
     choices = ("ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")
     source = "Jordan et al. 2024, https://kellerjordan.github.io/posts/muon"
 
@@ -97,13 +98,6 @@ class Muon(Optimizer):
                 f"{cls.__name__}: adjust_lr_fn must be None, 'original' or 'match_rms_adamw', "
                 f"got {group['adjust_lr_fn']!r}"
             )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of matrices, as `torch.optim.Optimizer.add_param_group` does, after checking it."""
-        if isinstance(param_group, dict) and not isinstance(given := param_group.get("params"), (torch.Tensor, set)):
-            param_group = param_group | {"params": list(given or ())}
-        check_matrices(type(self).__name__, [param_group])
-        super().add_param_group(param_group)
 
     @staticmethod
     def scalars(momentum):
@@ -143,6 +137,7 @@ class NorMuon(Muon):
 
     bounds = Muon.bounds | {"beta2": "[0, 1)", "eps2": "[0, inf)"}
     states = Muon.states | {"v": State("second_momentum", like="rows")}
+    dimensions = "[2, 2]"
     source = "Li et al. 2025, arXiv:2510.05491"
 
     def __init__(
@@ -167,16 +162,6 @@ class NorMuon(Muon):
             eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn, beta2=beta2, eps2=eps2, maximize=maximize,
         )  # fmt: skip
         super(Muon, self).__init__(params, defaults, **options)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of matrices, as `torch.optim.Optimizer.add_param_group` does, after checking it."""
-        super().add_param_group(param_group)
-        if wrong := [tuple(p.shape) for p in self.param_groups[-1]["params"] if p.dim() != 2]:
-            self.param_groups.pop()
-            raise ValueError(
-                f"NorMuon: its parameters must have two dimensions, got one of shape {wrong[0]}; Muon takes the kernels "
-                "of convolutions, too"
-            )
 
     @staticmethod
     def scalars(momentum, beta2):
@@ -203,7 +188,7 @@ def _direction(
 def _scale(p: Any, adjust_lr_fn: str | None) -> Any:
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * sqrt(maximum(rows(p), columns(p)))
-    return sqrt(maximum(1.0, rows(p) / columns(p)))
+    return sqrt(maximum(1.0, rows(p) / maximum(columns(p), 1)))
 
 
 def _coefficients(owner: str, given: Any, steps: int) -> tuple[tuple[float, float, float], ...]:
