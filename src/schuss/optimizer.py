@@ -290,7 +290,9 @@ class Optimizer(torch.optim.Optimizer):
         return super().__getstate__() | {"_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        declared = dict(state.get("defaults") or self.defaults)
         super().__setstate__(state)
+        self.defaults = declared  # torch adds a key of its own, which would go into every group
         self.__dict__.setdefault("_options", Settings())
         self._reset()
         self._rule = self._declare(self.defaults)

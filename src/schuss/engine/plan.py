@@ -224,7 +224,7 @@ class Plan:
         if self._live:
             for key, columns in self._rule.columns.items():
                 for k, column in enumerate(range(columns.start, columns.stop)):
-                    values = [group[key][k] if key in self._rule.pairs else group[key] for group in groups]
+                    values = [group[key][k] if key in self._rule.lengths else group[key] for group in groups]
                     tensors = [v if isinstance(v, torch.Tensor) and v.device.type != "cpu" else None for v in values]
                     if any(tensor is not None for tensor in tensors):
                         found[column] = tensors
@@ -427,7 +427,7 @@ def _sum_everywhere(units: "Sequence[Bucket | reference.Update]", k: int) -> Non
     device = next((s.device for share in shares for s in share if _on_device(s)), torch.device("cpu"))
     sums: list[Any] = []
     for share in shares:
-        if device.type == "cpu":
+        if device.type == "cpu" and not any(isinstance(s, torch.Tensor) and s.requires_grad for s in share):
             sums.append(math.fsum(map(float, share)))
         else:
             sums.append(torch.stack([torch.as_tensor(s, dtype=torch.float64).to(device) for s in share]).sum())

@@ -47,7 +47,8 @@ class Update:
 
     def share(self, k: int) -> list[Any]:
         """What the tensor gives to the sums over all tensors that follow a pass."""
-        return [self._values(node.args[0]) for node in self._stages.levels[k].everywhere]
+        with torch.set_grad_enabled(self.differentiable):
+            return [self._values(node.args[0]) for node in self._stages.levels[k].everywhere]
 
     def tell(self, k: int, sums: list[Any]) -> None:
         """Take over the sums over all tensors."""
@@ -115,14 +116,21 @@ class _Rows:
 
     def __init__(self, cells: Mapping[str, Cell], g: torch.Tensor) -> None:
         self.g, self._index, self._cells = g.values(), tuple(g.indices()), cells
+        self._is_one = len(self._index) == 1  # rows of the first dimension, which torch reads and writes faster
         self._wholes = {n: c.values if c.is_plain else c.read(torch.float32) for n, c in cells.items()}
-        taken = {letter: whole[self._index] for letter, whole in self._wholes.items()}
+        taken = {letter: self._taken(whole) for letter, whole in self._wholes.items()}
         self.parts = {letter: Cell(Storage(part.dtype), part) for letter, part in taken.items()}
+
+    def _taken(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.index_select(0, self._index[0]) if self._is_one else whole[self._index]
 
     def put_back(self) -> None:
         """Write the rows to where they came from."""
         for letter, whole in self._wholes.items():
-            whole.index_put_(self._index, self.parts[letter].values)
+            if self._is_one:
+                whole.index_copy_(0, self._index[0], self.parts[letter].values)
+            else:
+                whole.index_put_(self._index, self.parts[letter].values)
             if not self._cells[letter].is_plain:
                 self._cells[letter].write(whole)
 
