@@ -280,7 +280,10 @@ class Bucket(ABC):
     def share(self, k: int) -> list[Any]:
         """What the tensors of the bucket give to the sums over all tensors that follow a pass."""
         level = self._level(k)
-        return [] if level is None else [self._over_tensors(self._values(node.args[0])) for node in level.everywhere]
+        with np.errstate(all="ignore"):
+            return (
+                [] if level is None else [self._over_tensors(self._values(node.args[0])) for node in level.everywhere]
+            )
 
     def tell(self, k: int, sums: Sequence[Any]) -> None:
         """Take over the sums over all tensors."""

@@ -29,6 +29,8 @@ _FOREACH: dict[str, Callable[..., Any]] = {
 _UNARY: dict[str, Callable[..., Any]] = {
     "neg": torch._foreach_neg,
     "sqrt": torch._foreach_sqrt,
+    "exp": torch._foreach_exp,
+    "log": torch._foreach_log,
     "absolute": torch._foreach_abs,
     "sign": torch._foreach_sign,
 }
@@ -47,6 +49,8 @@ _ONE_BY_ONE: dict[str, Callable[..., Any]] = {
     "pow": operator.pow,
     "neg": operator.neg,
     "sqrt": formula.sqrt,
+    "exp": formula.exp,
+    "log": formula.log,
     "absolute": formula.absolute,
     "sign": formula.sign,
     "maximum": formula.maximum,

@@ -334,6 +334,16 @@ def sqrt(x):
 
 
 @inline
+def exp(x):
+    return np.exp(x)
+
+
+@inline
+def log(x):
+    return np.log(x)
+
+
+@inline
 def absolute(x):
     return abs(x)
 

@@ -105,7 +105,7 @@ class Plan:
                 e.stored[state.name] = (storage, why) if cell is None else (cell.storage, why)
             if (storage := parameter_storage(optimizer, e.p)).kahan:
                 e.stored[COMPENSATION] = Storage(storage.dtype), ""
-            shapes = {state.name: state.shape(e.p) for state in rule.present(e.variant)}
+            shapes = {state.name: state.shape(groups[e.group], e.p) for state in rule.present(e.variant)}
             bytes_of = {name: s.bytes(math.prod(shapes.get(name, e.p.shape))) for name, (s, _) in e.stored.items()}
             e.state_bytes = sum(bytes_of.values())
             pieces = rule.pieces(rule.unpack(self._hyper[[e.group]].T))

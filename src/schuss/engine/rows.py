@@ -62,6 +62,7 @@ class RowsBucket(CpuBucket):
                 units.append((tensor, first, end - first, block))
                 block += count
         self._units = np.array(units, np.int64).reshape(-1, 4)
+        self._tensors_with_units, self._first_unit = np.unique(self._units[:, 0], return_index=True)
         self._unit_size = np.ones(len(units), np.int64)
         self._unit_weight = np.zeros(len(units) + 1, np.int64)
         np.cumsum(self._units[:, 2] * width + 512, out=self._unit_weight[1:])
@@ -119,10 +120,9 @@ class RowsBucket(CpuBucket):
         context = self._context(sums, of_rows, of_columns)
         numba.sweep(self._threads, kernel, context.ctypes.data, self._unit_size, self._unit_weight)
         results: dict[str, list[torch.Tensor]] = {op: [] for op in (*SUMS, "row_mean", "column_mean")}
-        tensors, firsts = np.unique(self._units[:, 0], return_index=True)
         for k in range(len(level.sums.terms)):
             total = np.zeros(count)
-            total[tensors] = np.add.reduceat(sums[:, k], firsts)
+            total[self._tensors_with_units] = np.add.reduceat(sums[:, k], self._first_unit)
             results["dot"].append(self._as_numbers(total))
         for rows in of_rows:
             results["row_mean"].append(torch.from_numpy(rows / width).view(count, *batch, height, 1))

@@ -166,6 +166,8 @@ def chosen(optimizer: "Optimizer", p: torch.Tensor, state: "State") -> tuple[Sto
     wish = optimizer._options.state_dtype.get(state.name)
     if wish == torch.int8 and state.like != "p":
         return Storage(torch.float32), ""
+    if wish is not None and state.like not in ("p", "rows", "columns"):  # bases and roots are found in these digits
+        return Storage(torch.promote_types(wish, torch.float32)), ""
     if wish is None:
         return Storage(torch.promote_types(p.dtype, torch.float32) if state.wide else p.dtype), ""
     if p.is_complex():

@@ -76,7 +76,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
         layout: the storage of each input of the formula.
     """
     value = dtype_name(compute_dtype(layout))
-    names = safe_names([*layout, *scalars], _taken(layout))
+    names = safe_names([*layout, *scalars], taken())
     lines, new = to_source(_in_words(formula), call, lambda number: _constant(value, number), names)
     columns = [_Column(names[letter], part, layout[letter]) for letter, part in slots(layout)]
     blocks, stochastic = any(s.blockwise for s in layout.values()), layout["p"].stochastic
@@ -154,7 +154,7 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
     """
     value = value or dtype_name(compute_dtype(layout))
     formula, scalars = sums.formula, sums.scalars
-    names = safe_names([*layout, *scalars], _taken(layout))
+    names = safe_names([*layout, *scalars], taken())
     lines, new = to_source(_in_words(formula), call, lambda number: _constant(value, number), names)
     letters = {node.value for node in used(formula.outputs.values()) if node.op == "name"}
     all_columns = [(letter, _Column(names[letter], part, layout[letter])) for letter, part in slots(layout)]
@@ -350,17 +350,16 @@ def _wrapped(head: str, arguments: Sequence[str], tail: str) -> list[str]:
     return [line.replace("\xa0", " ") for line in lines]
 
 
-def _taken(layout: Layout) -> set[str]:
+@cache
+def taken() -> set[str]:
     """The names that a kernel's text has for itself."""
     own = (
         "kernel update work sizes addresses row_of table streams skip CHUNK FULL TILE at tensor start size column row "
         "stream key0 key1 random end block i count inside blocks factor sums triton tl code share"
     )
     words = {f"{word}_{dtype_name(dtype)}" for word in ("decode", "encode") for dtype in MAPS}
-    suffixes = ("at", "absmax_at", "rest_at", "absmax", "inverse", "rest", "bits", "new")
-    parts = {f"{letter}_{suffix}" for letter in layout for suffix in suffixes}
     text = files("schuss.engine").joinpath("triton_words.py").read_text(encoding="utf-8")
-    return {*own.split(), *words, *parts, *re.findall(r"^(?:def )?(\w+)", text, re.MULTILINE), *dir(builtins)}
+    return {*own.split(), *words, *re.findall(r"^(?:def )?(\w+)", text, re.MULTILINE), *dir(builtins)}
 
 
 @cache

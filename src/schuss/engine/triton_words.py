@@ -9,6 +9,7 @@ hardware has another NaN.
 
 import triton
 import triton.language as tl
+from triton import knobs
 from triton.language.extra import libdevice
 
 from schuss.engine import storage
@@ -18,6 +19,8 @@ SMALLEST_ABSMAX = tl.constexpr(storage.SMALLEST_ABSMAX)
 SHIFTS = tl.constexpr(storage.SHIFTS)
 MULTIPLIERS = tl.constexpr(storage.MULTIPLIERS)
 HIGH = tl.constexpr(storage.HIGH)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+"""In the interpreter there is no libdevice, and NumPy's functions stand in for Triton's."""
 ORIGIN_2, ORIGIN_4 = (tl.constexpr(origin) for _, origin in storage.ROOTS.values())
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -74,6 +77,24 @@ def sqrt(x):
         return tl.sqrt(x)
     else:
         return tl.sqrt_rn(x)
+
+
+@triton.jit
+def exp(x):
+    """Triton's own exponential of float32 is approximate."""
+    if INTERPRETED:
+        return tl.exp(x)
+    else:
+        return libdevice.exp(x)
+
+
+@triton.jit
+def log(x):
+    """Triton's own logarithm of float32 is approximate."""
+    if INTERPRETED:
+        return tl.log(x)
+    else:
+        return libdevice.log(x)
 
 
 @triton.jit

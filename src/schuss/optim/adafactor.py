@@ -13,8 +13,8 @@ class Adafactor(Optimizer):
     r"""Adam's second moment as the product of a row and a column, and steps relative to the parameter's size.
 
     .. math::
-        r &\leftarrow r + t^{c} (\overline{g^2}^{\,\text{row}} - r), \qquad
-        c &\leftarrow c + t^{c} (\overline{g^2}^{\,\text{column}} - c) \\
+        r &\leftarrow r + t^{\tau} (\overline{g^2}^{\,\text{row}} - r), \qquad
+        c \leftarrow c + t^{\tau} (\overline{g^2}^{\,\text{column}} - c) \\
         v &= \max\!\left(\frac{r\, c}{\max(\bar r, \epsilon_1)}, \epsilon_1^2\right), \qquad u = g / \sqrt{v} \\
         p &\leftarrow (1 - \gamma \lambda) p - \frac{\rho \max(\epsilon_2, \operatorname{RMS}(p))}{\max(1,
         \operatorname{RMS}(u) / d)}\, u, \qquad \rho = \min(\gamma, 1 / \sqrt t)
@@ -26,7 +26,7 @@ class Adafactor(Optimizer):
     Args:
         params: tensors of reals, (name, tensor) pairs, or groups as dicts.
         lr: γ, in [0, inf): the largest relative step.
-        beta2_decay: c, in (-inf, 0]; 1 - t^c is the decay of v.
+        beta2_decay: τ, in (-inf, 0]; 1 - t^τ is the decay of v.
         eps: ε₁, or None for the epsilon of the parameter's dtype, and ε₂, the smallest RMS of p that steps are relative
             to; each in [0, inf).
         d: RMS that u is clipped to, in [1, inf).
@@ -105,11 +105,11 @@ class Adafactor(Optimizer):
         if v is None:
             r = lerp(r, row_mean(g * g), w)
             c = lerp(c, column_mean(g * g), w)
-            estimate = r / maximum(column_mean(r), low) * c
+            # Roots and reciprocals of rows and columns, instead of one of each for every element.
+            u = g * minimum(1 / sqrt(r / maximum(column_mean(r), low)) * (1 / sqrt(c)), 1 / low)
         else:
             v = lerp(v, g * g, w)
-            estimate = v
-        u = g / sqrt(maximum(estimate, low * low))
+            u = g / maximum(sqrt(v), low)
         alpha = rho * maximum(smallest, sqrt(mean_square(p))) if scale_parameter else rho
         u = alpha / maximum(1.0, sqrt(mean_square(u)) / d) * u
         if m is not None:
