@@ -224,7 +224,7 @@ def matrices_table(seconds: float) -> None:
         shared = parameters(shapes, torch.float32)
         ours = getattr(optim, name)(shared, **settings)
         in_torch = getattr(torch.optim, name, None)
-        others = [in_torch(shared) if in_torch else None, peer(name, shared) if name in ("Muon", "SOAP") else None]
+        others = [in_torch(shared) if in_torch else None, peer(name, shared) if name == "SOAP" else None]
         functions = [ours.step, *(o.step for o in others if o is not None)]
         mine, *rest_of = interleaved(functions, 4 * seconds)
         rest = iter(rest_of)

@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from schuss import optim
+from schuss.testing import has_sums
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
-SHAPES = ((257, 129), (5000,), (3,), (), (0,), (8, 4, 3, 3), (70_000,))
+SHAPES = ((257, 129), (64, 96), (64, 96), (5000,), (3,), (), (0,), (8, 4, 3, 3), (70_000,))
 FORMS = [
     *((cls, {}) for cls in optim.RULES),
+    (optim.AdamW, {"cautious": True, "cautious_decay": True}),
+    (optim.LAMB, {"max_norm": 1.0, "state_dtype": "int8"}),
     (optim.SGD, {"momentum": 0.9, "nesterov": True}),
     (optim.RMSprop, {"centered": True, "momentum": 0.9}),
     (optim.Adam, {"amsgrad": True, "weight_decay": 0.1, "maximize": True}),
@@ -31,7 +34,8 @@ STORED = [
 
 def make(cls, device, dtype=torch.float32, **settings):
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in SHAPES]
+    shapes = [shape for shape in SHAPES if cls.takes(torch.empty(shape, device="meta"))]
+    values = [torch.randn(shape, generator=generator, dtype=dtype).to(device) for shape in shapes]
     params = [torch.nn.Parameter(value) for value in values]
     return cls([{"params": params[::2]}, {"params": params[1::2]}], **settings), params
 
@@ -61,9 +65,18 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize(("cls", "settings"), FORMS)
 def test_bits_of_the_cpu(cls, settings):
-    on_device = trained(cls, "cuda", **settings)
-    assert {e.route.backend for e in on_device[0].plan().entries} == {"triton"}
-    assert_same(on_device, trained(cls, "cpu", **settings))
+    """Sums are added in another order there, and products of matrices are torch's: those agree within rounding."""
+    (optimizer, params), cpu = trained(cls, "cuda", **settings), trained(cls, "cpu", **settings)
+    entries = optimizer.plan().entries
+    rows = {e.name for e in entries if "vectors" in optimizer._rule.needs(e.variant)}
+    assert {e.route.backend for e in entries if e.name not in rows} <= {"triton"}
+    matrices = any("matrices" in optimizer._rule.needs(e.variant) for e in entries)
+    if not has_sums(optimizer):
+        assert_same((optimizer, params), cpu)
+        return
+    for p, q in zip(params, cpu[1], strict=True):
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if matrices else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(p.cpu(), q, **tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "settings"), STORED)
@@ -72,7 +85,11 @@ def test_bits_of_every_storage(cls, dtype, settings):
     assert_same(trained(cls, "cuda", dtype, **settings), trained(cls, "cpu", dtype, **settings))
 
 
-@pytest.mark.parametrize("cls", [cls for cls in optim.RULES if "capturable" in cls([torch.zeros(1)]).defaults])
+@pytest.mark.parametrize(
+    "cls",
+    [cls for cls in optim.RULES if "capturable" in cls([torch.zeros(2, 2)]).defaults],
+    ids=lambda cls: cls.__name__,
+)
 def test_numbers_on_the_device(cls):
     """float64 powers of the device may differ in the last place, and so a float32 scalar by one unit."""
     optimizer, params = trained(cls, "cuda", capturable=True)
@@ -82,10 +99,21 @@ def test_numbers_on_the_device(cls):
         torch.testing.assert_close(p.cpu(), q, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("settings", [{}, {"capturable": True}, {"capturable": True, "lr": torch.tensor(1e-3)}])
-def test_a_step_does_not_wait(settings):
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (optim.AdamW, {}),
+        (optim.AdamW, {"capturable": True}),
+        (optim.AdamW, {"capturable": True, "lr": torch.tensor(1e-3)}),
+        (optim.AdamW, {"cautious": True}),
+        (optim.LAMB, {}),
+        (optim.Prodigy, {}),
+        (optim.Muon, {}),
+    ],
+)
+def test_a_step_does_not_wait(cls, settings):
     settings = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in settings.items()}
-    optimizer, params = trained(optim.AdamW, "cuda", **settings)
+    optimizer, params = trained(cls, "cuda", **settings)
     grads = [torch.randn_like(p) for p in params]
     for p, g in zip(params, grads, strict=True):
         p.grad = g
@@ -100,7 +128,7 @@ def test_a_step_does_not_wait(settings):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("cls", [optim.AdamW, optim.RAdam, optim.ADOPT])
+@pytest.mark.parametrize("cls", [optim.AdamW, optim.RAdam, optim.ADOPT, optim.LAMB])
 def test_replays_of_a_graph_are_steps(cls):
     lr = torch.tensor(1e-3, device="cuda")
     optimizer, params = make(cls, "cuda", lr=lr, capturable=True)
