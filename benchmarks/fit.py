@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import schuss
 from schuss import optim
-from schuss.lab.workload import digits
+from schuss.lab.workloads import images
 from schuss.schedules import cosine
 
 Batch = tuple[Tensor, Tensor]
@@ -74,15 +74,14 @@ def by_fit(
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer, Any]:
-    torch.manual_seed(0)
-    model = digits().model()
+    model = images.digits(0).model
     optimizer = optim.AdamW(model.parameters(), lr=1e-3, max_norm=1.0)
     return model, optimizer, schuss.Schedule(optimizer, lr=cosine(10**6))
 
 
 def row(batch_size: int, accumulate: int, epochs: int) -> None:
     """One line of the table."""
-    x, y = digits().train
+    (x, y), _ = images.data()
     batches = list(zip(x.split(batch_size), y.split(batch_size), strict=True))[: 1437 // batch_size]
     loops: list[Callable[..., list[float]]] = [by_hand, by_fit]
     times: dict[Any, list[float]] = {loop: [] for loop in loops}

@@ -176,7 +176,9 @@ class Trial:
             return torch.nn.Parameter(torch.rand(shape, generator=generator) * 2 - 1)
 
         self.params = [uniform(SIZE), uniform(70, 60), uniform(30)]
-        self.params[1].data = self.params[1].data.t()
+        if not case.needs:  # else kernels want rows one after the other
+            self.params[1].data = self.params[1].data.t()
+        self.params = [torch.nn.Parameter(case.fit(p.detach())) for p in self.params]
         self.optimizer = case.ours(self.params, backend=backend, state_dtype=storage, **more)
 
     def step(self, seed: int) -> None:
@@ -277,7 +279,8 @@ def has_roots(case: Case) -> bool:
     So may it where a state is multiplied by what is made of sums: eager torch rounds the numbers in it before.
     """
     names = ("Adadelta", "ADOPT", "LaProp", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "LARS", "MARS", "Prodigy")
-    return case.name in names or (case.name == "RMSprop" and "momentum" in case.kwargs)
+    roots = case.name in names or (case.name == "RMSprop" and "momentum" in case.kwargs)
+    return roots or "vectors" in case.needs  # the means of rows and columns are sums
 
 
 def check_codes(case: Case, storage: str, backends: Sequence[str], steps: int = 4) -> None:

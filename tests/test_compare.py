@@ -15,7 +15,8 @@ from schuss.lab import report
 from schuss.lab.candidate import DEFAULT_NAMES, candidates
 from schuss.lab.compare import Run, compare, train
 from schuss.lab.ranking import Mean, rank, remarks, table, tied
-from schuss.lab.workload import Workload, digits
+from schuss.lab.workload import Workload
+from schuss.lab.workloads import find
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def workload() -> Workload:
-    return digits()
+    return find("digits")
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +43,20 @@ def untimed(run: Run) -> Run:
 
 
 def made(optimizer: str, lr: float, accuracy: float, *, seed: int = 0, loss: float = 0.5) -> Run:
-    return Run(optimizer, lr, seed, (2.3, loss), (2.3, loss), (0.1, accuracy), step_ms=0.25, train_step_ms=1.5)
+    test = {"loss": (2.3, loss), "accuracy": (0.1, accuracy)}
+    return Run(optimizer, lr, seed, (2.3, loss), test, step_ms=0.25, train_step_ms=1.5)
 
 
-# --- workload and training --------------------------------------------------------------------------------------------
-
-
-def test_digits_are_split_by_class_and_standardised_with_the_training_set(workload: Workload) -> None:
-    (train_x, train_y), (test_x, test_y) = workload.train, workload.test
-    assert train_x.shape == (1437, 1, 8, 8)
-    assert test_x.shape == (360, 1, 8, 8)
-    assert train_x.mean().item() == pytest.approx(0, abs=1e-6)
-    assert train_x.std(correction=0).item() == pytest.approx(1, abs=1e-6)
-    share = torch.bincount(test_y) / torch.bincount(torch.cat([train_y, test_y]))
-    assert torch.allclose(share, torch.tensor(0.2), atol=0.005)
-
-
-def test_an_epoch_visits_every_example_once(workload: Workload) -> None:
-    numbered = replace(workload, train=(torch.arange(1437), torch.arange(1437)))
-    batches = [inputs for inputs, _ in numbered.batches(torch.Generator().manual_seed(0))]
-    assert [len(batch) for batch in batches] == [64] * 22 + [29]
-    assert torch.cat(batches).sort().values.tolist() == list(range(1437))
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 def test_same_seed_same_run_whatever_the_global_random_state(workload: Workload) -> None:
     [candidate] = candidates(["torch:AdamW"])
     torch.manual_seed(1)
-    first = train(workload, candidate, 0.01, seed=3)
+    first = train(workload, candidate, 0.01, seed=3, epochs=1)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    second = train(workload, candidate, 0.01, seed=3)
+    second = train(workload, candidate, 0.01, seed=3, epochs=1)
     assert untimed(first) == untimed(second)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -79,19 +64,16 @@ def test_same_seed_same_run_whatever_the_global_random_state(workload: Workload)
 def test_training_is_the_textbook_loop(workload: Workload) -> None:
     [candidate] = candidates(["torch:SGD"])
     run = train(workload, candidate, 0.03, seed=5, epochs=2)
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        model = workload.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, nesterov=True)
-    order = torch.Generator().manual_seed(5)
+    task = workload(5)
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.03, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=2 * 23)
     for _ in range(2):
-        for inputs, targets in workload.batches(order):
+        for inputs, targets in task.batches:
             optimizer.zero_grad()
-            workload.loss(model(inputs), targets).backward()
+            torch.nn.functional.cross_entropy(task.model(inputs), targets).backward()
             optimizer.step()
             schedule.step()
-    assert (run.test_loss[-1], run.test_accuracy[-1]) == pytest.approx(workload.evaluate(model), rel=1e-5)
+    assert {name: values[-1] for name, values in run.test.items()} == pytest.approx(task.scores(optimizer), rel=1e-5)
     assert (len(run.train_loss), len(run.test_loss)) == (2 * 23, 3)
 
 
@@ -104,7 +86,7 @@ def test_every_optimizer_starts_from_the_same_weights_and_batch(runs: list[Run])
 
 
 def test_torch_and_schuss_take_the_same_path(workload: Workload) -> None:
-    ours, theirs = compare(workload, candidates(["AdamW", "torch:AdamW"], [0.003]), seeds=[2])
+    ours, theirs = compare(workload, candidates(["AdamW", "torch:AdamW"], [0.003]), seeds=[2], epochs=1)
     assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
     assert ours.test_loss[-1] == pytest.approx(theirs.test_loss[-1], rel=1e-3)
 
@@ -313,7 +295,7 @@ def test_sensitivity_shows_every_learning_rate_and_marks_divergence(workload: Wo
 
 
 def test_a_comparison_in_which_everything_diverged_still_has_a_report(workload: Workload) -> None:
-    [run] = compare(workload, candidates(["torch:SGD"], [1e30]))
+    [run] = compare(workload, candidates(["torch:SGD"], [1e30]), epochs=1)
     page = report.to_html(rank([run]), command="", workload=workload)
     assert "Diverged: torch:SGD at lr 1e+30 (1 of 1 runs)." in page
 
@@ -325,7 +307,9 @@ def test_json_holds_the_records(workload: Workload, runs: list[Run]) -> None:
     assert document["versions"]["torch"] == torch.__version__
     for record, run in zip(document["runs"], runs, strict=True):
         assert record.pop("diverged") is False
-        assert Run(**{key: tuple(v) if isinstance(v, list) else v for key, v in record.items()}) == run
+        read = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        test = {"loss": read.pop("test_loss"), "accuracy": read.pop("test_accuracy")}
+        assert Run(**read, test=test) == run
 
 
 def test_json_writes_null_for_numbers_that_are_not_finite(workload: Workload) -> None:

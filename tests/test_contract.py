@@ -30,6 +30,7 @@ from cases import (
     assert_equal,
     drive,
     each,
+    exact_matrices,
     gradient,
     lockstep,
     parameters,
@@ -40,6 +41,7 @@ from cases import (
 )
 from schuss import optim
 from schuss.optim import prodigy
+from schuss.testing import has_sums
 
 torch_cases = each(ALL, torch_has=True)
 torch_rich = each(RICH, torch_has=True)
@@ -74,7 +76,9 @@ def test_signature_is_torchs(case: Case) -> None:
     """Names, kinds and defaults of the arguments, in order; then ours, keyword-only."""
     ours = inspect.signature(case.cls).parameters
     theirs = inspect.signature(case.torch_cls).parameters
-    assert list(ours)[:-1] == list(theirs)
+    own = cases.OWN.get(case.name, ())
+    assert list(ours) == [*theirs, *own, "options"]
+    assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in own)
     assert ours["options"].kind is inspect.Parameter.VAR_KEYWORD
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
@@ -83,23 +87,25 @@ def test_signature_is_torchs(case: Case) -> None:
 
 @torch_cases
 def test_defaults_groups_and_repr_are_torchs(case: Case) -> None:
-    ours, theirs = case.ours(parameters()), case.theirs(parameters())
+    ours, theirs = case.ours(case.parameters()), case.theirs(case.parameters())
     assert isinstance(ours, torch.optim.Optimizer)
-    assert ours.defaults == theirs.defaults
-    assert set(ours.param_groups[0]) == set(theirs.param_groups[0])
-    assert repr(ours) == repr(theirs)
+    assert cases.common(ours, [ours.defaults]) == [theirs.defaults]
+    assert set(cases.common(ours, ours.param_groups)[0]) == set(theirs.param_groups[0])
+    own = cases.OWN.get(case.name, ())
+    shown = [line for line in repr(ours).splitlines() if line.strip().partition(":")[0] not in own]
+    assert shown == repr(theirs).splitlines()
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
 @rich
 def test_groups_may_have_keys_of_their_own(case: Case) -> None:
     """A user's key, or a scheduler's, is kept in the state dict and loaded."""
-    params = parameters()
+    params = case.parameters()
     optimizer = case.ours([{"params": params, "label": "backbone"}])
     torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
     drive(optimizer, params, 2)
     saved = through_a_file(optimizer.state_dict())
-    other = case.ours(parameters())
+    other = case.ours(case.parameters())
     other.load_state_dict(saved)
     assert other.param_groups[0]["label"] == "backbone"
     assert other.param_groups[0]["initial_lr"] == optimizer.defaults["lr"]
@@ -108,7 +114,7 @@ def test_groups_may_have_keys_of_their_own(case: Case) -> None:
 @rich
 def test_state_that_belongs_to_no_parameter_is_kept(case: Case) -> None:
     """Some code keeps state under names of its own; torch saves and loads it."""
-    params = parameters()
+    params = case.parameters()
     optimizer = case.ours(params)
     optimizer.state["shared"] = {"count": 3, "sum": torch.ones(2)}
     drive(optimizer, params, 3)
@@ -128,7 +134,7 @@ def test_every_name_of_torch_optim_is_there() -> None:
 @rich
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad(case: Case, set_to_none: bool) -> None:
-    params = parameters()
+    params = case.parameters()
     optimizer = case.ours(params)
     drive(optimizer, params, 1)
     grads = [p.grad for p in params]
@@ -149,7 +155,7 @@ def test_zero_grad(case: Case, set_to_none: bool) -> None:
 def test_checkpoints_are_exchanged_with_torch_in_mid_run(case: Case, direction: str) -> None:
     """Four steps there, five here, against nine there."""
     first, second = (case.theirs, case.ours) if direction == "torch to schuss" else (case.ours, case.theirs)
-    params, oracle = parameters(), parameters()
+    params, oracle = case.parameters(), case.parameters()
     source, uninterrupted = first(params), case.theirs(oracle)
     drive(source, params, 4, missing=True)
     drive(uninterrupted, oracle, 4, missing=True)
@@ -162,7 +168,7 @@ def test_checkpoints_are_exchanged_with_torch_in_mid_run(case: Case, direction: 
 @each(ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_resuming_is_bitwise_the_same_as_not_stopping(case: Case, dtype: torch.dtype) -> None:
-    whole = parameters(dtype=dtype)
+    whole = case.parameters(dtype=dtype)
     a = case.ours(whole)
     drive(a, whole, 4, missing=True)
     resumed = copies(whole)
@@ -185,7 +191,7 @@ def test_resuming_with_a_scheduler_between_unlike_groups(case: Case) -> None:
         return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
 
     layouts = ("contiguous", "transposed", "0-d", "channels-last")
-    whole = parameters(layouts)
+    whole = case.parameters(layouts)
     a, schedule = build(whole)
     for step in range(3):
         drive(a, whole, [step])
@@ -205,7 +211,7 @@ def test_resuming_with_a_scheduler_between_unlike_groups(case: Case) -> None:
 @rich
 def test_loading_keeps_the_dtype_of_the_state(case: Case) -> None:
     """float32 state of bfloat16 parameters stays float32 (torch rounds it to bfloat16), and the run goes on with it."""
-    wide = parameters(dtype=torch.float32)
+    wide = case.parameters(dtype=torch.float32)
     source = case.ours(wide)
     drive(source, wide, 3)
     narrow = [torch.nn.Parameter(p.detach().bfloat16()) for p in wide]
@@ -223,7 +229,7 @@ def test_loading_keeps_the_dtype_of_the_state(case: Case) -> None:
 
 @rich
 def test_loaded_state_shares_no_memory_with_its_source(case: Case) -> None:
-    params = parameters()
+    params = case.parameters()
     source = case.ours(params, lr=torch.tensor(0.01))
     drive(source, params, 3)
     saved = source.state_dict()
@@ -242,7 +248,7 @@ def test_loaded_state_shares_no_memory_with_its_source(case: Case) -> None:
 
 @rich
 def test_loading_changes_the_source_in_nothing(case: Case) -> None:
-    params = parameters()
+    params = case.parameters()
     source = case.ours(params)
     drive(source, params, 3)
     saved = source.state_dict()
@@ -257,7 +263,7 @@ def test_loading_changes_the_source_in_nothing(case: Case) -> None:
 def named(case: Case, order: Sequence[str], **more: Any) -> tuple[Any, dict[str, torch.nn.Parameter]]:
     """An optimizer of named parameters: names say the shape, so that a mistake cannot go unnoticed."""
     sizes = {"a": (2,), "b": (3,), "c": (4,), "d": (5,)}
-    params = {name: torch.nn.Parameter(randn(*sizes[name], seed=ord(name))) for name in order}
+    params = {name: torch.nn.Parameter(case.fit(randn(*sizes[name], seed=ord(name)))) for name in order}
     return case.ours(list(params.items()), **more), params
 
 
@@ -305,12 +311,12 @@ def test_not_strict_loads_the_names_that_match(case: Case) -> None:
     step_named(a, there, range(2))
     b, here = named(case, "cba")
     step_named(b, here, range(5, 8))
-    kept = {k: v.clone() for k, v in b.state[here["c"]].items()}
+    in_common = prodigy.SHARED if case.name == "Prodigy" else ()  # with those that are loaded
+    kept = {k: v.clone() for k, v in b.state[here["c"]].items() if k not in in_common}
     with pytest.warns(UserWarning, match=r"not in the state dict: c; only in the state dict: d"):
         b.load_state_dict(a.state_dict(), strict=False)
     for name in "ab":
         assert_equal(b.state[here[name]], a.state[there[name]], name)
-    in_common = prodigy.SHARED if case.name == "Prodigy" else ()  # with those that have been loaded
     assert_equal({k: v for k, v in b.state[here["c"]].items() if k not in in_common}, kept, "c")
     step_named(b, here, [8])
 
@@ -336,7 +342,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_checkpoints_that_do_not_fit_are_refused_whole(case: Case, wrong: str) -> None:
     """The error comes first: parameters, state and groups are as they were, and training goes on."""
     spoil, message = WRONG[wrong]
-    params = parameters(("contiguous", "transposed", "permuted"))
+    params = case.parameters(("contiguous", "transposed", "permuted"))
     source = case.ours(copies(params), lr=0.5)
     drive(source, source.param_groups[0]["params"], 2)
     saved = copy.deepcopy(source.state_dict())
@@ -371,7 +377,7 @@ def test_adam_and_adamw_load_each_other_as_in_torch(saved_by: str, loaded_by: st
 @torch_rich
 def test_old_checkpoints_with_python_numbers(case: Case) -> None:
     """Before 1.12 torch saved `step`, and NAdam and ASGD more, as Python numbers."""
-    params = parameters()
+    params = case.parameters()
     source = case.theirs(params)
     drive(source, params, 3)
     old = copy.deepcopy(source.state_dict())
@@ -390,11 +396,12 @@ def test_old_checkpoints_with_python_numbers(case: Case) -> None:
 def test_old_checkpoints_with_keys_missing_in_groups(case: Case) -> None:
     """Keys that older versions did not have get their defaults, as in torch."""
     plain = Case(case.name, {k: v for k, v in case.kwargs.items() if k != "maximize"})
-    params = parameters()
+    params = case.parameters()
     source = plain.theirs(params)
     drive(source, params, 3)
     old = copy.deepcopy(source.state_dict())
-    for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+    keys = ["maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"]
+    for key in keys[case.name == "Adafactor" :]:  # which misses `maximize`, having had it from its start
         old["param_groups"][0].pop(key, None)
     ours, theirs = copies(params), copies(params)
     a, b = plain.ours(ours), plain.theirs(theirs)
@@ -421,9 +428,11 @@ def test_old_checkpoint_with_an_empty_momentum_buffer() -> None:
     lockstep(a, b, ours, theirs, 4)
 
 
-def network() -> torch.nn.Module:
+def network(case: Case) -> torch.nn.Module:
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
+    bias = case.cls.takes(torch.empty(1))
+    layers = torch.nn.Linear(4, 5, bias=bias), torch.nn.Tanh(), torch.nn.Linear(5, 2, bias=bias)
+    return torch.nn.Sequential(*layers).double()
 
 
 def train(model: torch.nn.Module, optimizer: Any, steps: Sequence[int]) -> None:
@@ -438,12 +447,12 @@ def train(model: torch.nn.Module, optimizer: Any, steps: Sequence[int]) -> None:
 def test_distributed_checkpoint_round_trip(case: Case, flatten: bool) -> None:
     """torch makes the state by a step with zero gradients and lr 0, which must not move anything."""
     options = StateDictOptions(flatten_optimizer_state_dict=flatten)
-    model = network()
+    model = network(case)
     optimizer = case.ours(model.parameters())
     train(model, optimizer, range(3))
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
 
-    other = network()
+    other = network(case)
     other.load_state_dict(model.state_dict())
     fresh = case.ours(other.parameters(), lr=7.0)
     before = [p.detach().clone() for p in other.parameters()]
@@ -460,9 +469,10 @@ def test_distributed_checkpoint_round_trip(case: Case, flatten: bool) -> None:
 def test_distributed_checkpoint_of_a_fresh_optimizer_is_torchs(case: Case) -> None:
     found = []
     for build in (case.ours, case.theirs):
-        model = network()
+        model = network(case)
         before = [p.detach().clone() for p in model.parameters()]
-        found.append(get_optimizer_state_dict(model, build(model.parameters())))
+        optimizer = build(model.parameters())
+        found.append(get_optimizer_state_dict(model, optimizer))
         assert_equal([p.detach() for p in model.parameters()], before)
     ours, theirs = found
     assert set(ours["state"]) == set(theirs["state"])
@@ -470,7 +480,7 @@ def test_distributed_checkpoint_of_a_fresh_optimizer_is_torchs(case: Case) -> No
         assert set(ours["state"][name]) == set(kept)
         for key, value in kept.items():
             assert_close(ours["state"][name][key], value, f"{key} of {name}")
-    assert_equal(ours["param_groups"], theirs["param_groups"])
+    assert_equal(cases.common(optimizer, ours["param_groups"]), theirs["param_groups"])
 
 
 @rich
@@ -478,7 +488,7 @@ def test_distributed_checkpoint_of_a_fresh_optimizer_is_torchs(case: Case) -> No
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_copies_step_like_the_original(case: Case, how: Callable[[Any], Any], backend: str) -> None:
     """And have nothing in common with it; they keep the back end that was chosen."""
-    params = parameters()
+    params = case.parameters()
     original = case.ours(params, backend=backend)
     drive(original, params, 3)
     twin = how(original)
@@ -512,10 +522,10 @@ def scaled_step(scaler: Any, optimizer: Any, params: Sequence[Any], step: int, *
 @pytest.mark.parametrize("unscale", [False, True], ids=["scaler-unscales", "unscaled-by-hand"])
 @backends
 def test_grad_scaler(case: Case, unscale: bool, backend: str) -> None:
-    """A power of two as scale changes no bit; a step with an infinite gradient changes nothing at all, not even
-    `step`, and halves the scale."""
+    """A power of two as scale changes no bit, but of sums, which another kernel may add in another order; a step with
+    an infinite gradient changes nothing at all, not even `step`, and halves the scale."""
     layouts = ("contiguous", "transposed")
-    plain, scaled = parameters(layouts, torch.float32), parameters(layouts, torch.float32)
+    plain, scaled = (case.parameters(layouts, torch.float32, backend=backend) for _ in range(2))
     a, b = case.ours(plain, backend=backend), case.ours(scaled, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
     for step in range(7):
@@ -526,8 +536,12 @@ def test_grad_scaler(case: Case, unscale: bool, backend: str) -> None:
             assert scaler.get_scale() == scale / 2
         drive(a, plain, [step])
         scaled_step(scaler, b, scaled, step, unscale=unscale, spoil=False)
-        assert_equal([p.detach() for p in scaled], [p.detach() for p in plain], f"step {step}")
-    assert_equal(b.state_dict(), a.state_dict())
+        if has_sums(a):
+            assert_close_params(scaled, plain, f"step {step}")
+        else:
+            assert_equal([p.detach() for p in scaled], [p.detach() for p in plain], f"step {step}")
+    if not has_sums(a):
+        assert_equal(b.state_dict(), a.state_dict())
     assert not hasattr(b, "grad_scale")
     assert not hasattr(b, "found_inf")
 
@@ -535,7 +549,7 @@ def test_grad_scaler(case: Case, unscale: bool, backend: str) -> None:
 @rich
 def test_users_own_grad_scale(case: Case) -> None:
     """`optimizer.grad_scale` divides the gradients of the steps to come: a clipping coefficient can go there."""
-    plain, scaled = parameters(), parameters()
+    plain, scaled = case.parameters(), case.parameters()
     a, b = case.ours(plain), case.ours(scaled)
     for step in range(4):
         set_gradients(plain, step)
@@ -551,10 +565,10 @@ def test_users_own_grad_scale(case: Case) -> None:
 # --- hooks and closures -----------------------------------------------------------------------------------------------
 
 
-def events(build: Callable[..., Any]) -> list[Any]:
+def events(case: Case, build: Callable[..., Any]) -> list[Any]:
     """What hooks see, in order."""
     seen: list[Any] = []
-    params = parameters()
+    params = case.parameters()
     optimizer = build(params)
     handles = [
         register_optimizer_step_post_hook(lambda o, args, kwargs: seen.append("global post")),
@@ -582,7 +596,7 @@ def events(build: Callable[..., Any]) -> list[Any]:
 
 @torch_rich
 def test_hooks_fire_in_torchs_order(case: Case) -> None:
-    ours, theirs = events(case.ours), events(case.theirs)
+    ours, theirs = events(case, case.ours), events(case, case.theirs)
     assert ours == theirs
     assert ours[:4] == ["global pre", ("own pre", False), ("own post", True), "global post"]
     assert ("load post", 0.125, 3) in ours
@@ -591,7 +605,7 @@ def test_hooks_fire_in_torchs_order(case: Case) -> None:
 @rich
 def test_hooks_may_replace_what_they_are_given(case: Case) -> None:
     """A step pre-hook the arguments; the others the state dict."""
-    params = parameters()
+    params = case.parameters()
     optimizer = case.ours(params)
     set_gradients(params, 0)
     calls: list[str] = []
@@ -618,13 +632,13 @@ def test_hooks_may_replace_what_they_are_given(case: Case) -> None:
 @pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad], ids=["grad", "no-grad"])
 def test_closure(case: Case, outside: Callable[[], Any]) -> None:
     """Called once, before anything moves, with gradients enabled; its loss is returned."""
-    params, expected = parameters(), parameters()
+    params, expected = case.parameters(), case.parameters()
     optimizer, oracle = case.ours(params), case.ours(expected)
     calls = []
 
     def closure() -> torch.Tensor:
         calls.append(torch.is_grad_enabled())
-        assert_equal([p.detach() for p in params], [p.detach() for p in parameters()])
+        assert_equal([p.detach() for p in params], [p.detach() for p in case.parameters()])
         optimizer.zero_grad()
         loss = sum(p.square().sum() for p in params)
         loss.backward()
@@ -633,7 +647,7 @@ def test_closure(case: Case, outside: Callable[[], Any]) -> None:
     with outside():
         loss = optimizer.step(closure)
     assert calls == [True]
-    assert loss.item() == pytest.approx(sum(p.square().sum().item() for p in parameters()), rel=1e-12)
+    assert loss.item() == pytest.approx(sum(p.square().sum().item() for p in case.parameters()), rel=1e-12)
     for p in expected:
         p.grad = 2 * p.detach()
     assert oracle.step() is None
@@ -642,7 +656,7 @@ def test_closure(case: Case, outside: Callable[[], Any]) -> None:
 
 @rich
 def test_closure_that_raises_changes_nothing(case: Case) -> None:
-    params = parameters()
+    params = case.parameters()
     optimizer = case.ours(params)
     drive(optimizer, params, 2)
     before = snapshot(optimizer)
@@ -663,7 +677,7 @@ def test_adding_a_group_while_training(case: Case) -> None:
     """Unfreezing: the new parameters start from their first step, with hyperparameters of their own."""
     made = []
     for build in (case.ours, case.theirs):
-        old, new = parameters(), parameters(seed=20)
+        old, new = case.parameters(), case.parameters(seed=20)
         optimizer = build(old)
         drive(optimizer, old, 3)
         optimizer.add_param_group({"params": new[:2], "lr": 0.25})
@@ -678,7 +692,7 @@ def test_adding_a_group_while_training(case: Case) -> None:
 def test_groups_as_iterators_and_with_names(case: Case) -> None:
     made = []
     for build in (case.ours, case.theirs):
-        params = parameters()
+        params = case.parameters()
         names = ["w", "v", "bias"]
         optimizer = build(
             [{"params": iter(list(zip(names, params, strict=True))[:2])}, {"params": [("bias", params[2])]}]
@@ -693,8 +707,8 @@ def test_groups_as_iterators_and_with_names(case: Case) -> None:
 
 
 def first_state(optimizer: Any, p: torch.Tensor) -> tuple[str, torch.Tensor]:
-    """A state of the parameter's shape, the same one in both libraries."""
-    return next((k, v) for k, v in sorted(optimizer.state[p].items()) if v.shape == p.shape)
+    """A state that is no number, the same one in both libraries."""
+    return next((k, v) for k, v in sorted(optimizer.state[p].items()) if v.dim())
 
 
 def write_in_place(o: Any, params: list[Any]) -> None:
@@ -768,8 +782,8 @@ def replace_a_parameter(o: Any, params: list[Any]) -> None:
     old = group["params"][0]
     kept = o.state.pop(old)
     for key, value in kept.items():
-        if value.shape == old.shape:
-            kept[key] = torch.cat([value, torch.full((2, old.shape[1]), 0.5, dtype=old.dtype)])
+        if value.shape[:1] == old.shape[:1]:
+            kept[key] = torch.cat([value, torch.full((2, *value.shape[1:]), 0.5, dtype=old.dtype)])
     new = torch.nn.Parameter(torch.cat([old.detach(), randn(2, old.shape[1], seed=9)]))
     group["params"][0] = params[0] = new
     o.state[new] = kept
@@ -838,6 +852,7 @@ CHANGES = [
 RESTARTS = (delete_state, replace_state, replace_a_parameter_without_its_state, append_a_parameter)
 
 
+@exact_matrices
 @pytest.mark.parametrize(
     ("case", "change"),
     [
@@ -851,7 +866,7 @@ RESTARTS = (delete_state, replace_state, replace_a_parameter_without_its_state, 
 def test_what_others_write_counts_at_the_next_step(case: Case, change: Callable[..., None], backend: str) -> None:
     """Adagrad is told apart below where its state goes: torch makes it in the constructor only, and fails."""
     layouts = ("contiguous", "transposed", "0-d", "contiguous")
-    ours, theirs = parameters(layouts), parameters(layouts)
+    ours, theirs = case.parameters(layouts), case.parameters(layouts)
     a, b = case.ours(ours, backend=backend), case.theirs(theirs)
     lockstep(a, b, ours, theirs, 3)
     for round_ in range(2):
@@ -864,7 +879,7 @@ def test_what_others_write_counts_at_the_next_step(case: Case, change: Callable[
 def test_adagrad_starts_again_without_its_state(change: Callable[..., None]) -> None:
     """As if it were new."""
     case = next(c for c in RICH if c.name == "Adagrad")
-    params = parameters()
+    params = case.parameters()
     optimizer = case.ours(params)
     drive(optimizer, params, 3)
     change(optimizer, params)
@@ -882,7 +897,8 @@ def test_adagrad_starts_again_without_its_state(change: Callable[..., None]) -> 
 @backends
 def test_a_step_writes_into_the_tensors_that_are_there(case: Case, backend: str) -> None:
     """Parameters and state keep their memory and identity, gradients every bit; versions of parameters grow."""
-    params = parameters(("contiguous", "transposed", "gaps", "0-d") if backend != "numba" else ("contiguous", "0-d"))
+    layouts = ("contiguous", "0-d") if backend == "numba" else ("contiguous", "transposed", "gaps", "0-d")
+    params = case.parameters(layouts)
     optimizer = case.ours(params, backend=backend)
     drive(optimizer, params, 1)
     held = dict(cases.tensors_of(optimizer))
@@ -931,7 +947,7 @@ def no_garbage_collection() -> Iterator[None]:
 @backends
 def test_dropping_an_optimizer_frees_its_state(case: Case, backend: str) -> None:
     """At once, without the collector of cycles: state is as large as the model."""
-    params = parameters(("contiguous", "transposed"))
+    params = case.parameters(("contiguous", "transposed"), backend=backend)
     optimizer = case.ours(params, backend=backend)
     drive(optimizer, params, 3)
     optimizer.plan()
@@ -950,7 +966,7 @@ def test_dropping_an_optimizer_frees_its_state(case: Case, backend: str) -> None
 )
 def test_arguments_out_of_bounds(name: str, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     """In the constructor, and in a group that is added later, which leaves the optimizer as it was."""
-    params = parameters()
+    params = Case(name, {}).parameters()
     with pytest.raises(error, match=message):
         Case(name, {}).ours(params, **kwargs)
     if "backend" in kwargs:
@@ -961,7 +977,7 @@ def test_arguments_out_of_bounds(name: str, kwargs: dict[str, Any], error: type[
     drive(optimizer, params, 2)
     before = snapshot(optimizer)
     with pytest.raises(error, match=message):
-        optimizer.add_param_group({"params": parameters(seed=5), **kwargs})
+        optimizer.add_param_group({"params": Case(name, {}).parameters(seed=5), **kwargs})
     assert_equal(snapshot(optimizer), before)
     drive(optimizer, params, [2])
 
@@ -988,36 +1004,45 @@ def test_unknown_keywords_name_the_nearest(name: str, wrong: str, message: str) 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        pytest.param(lambda: [], ValueError, "empty parameter list", id="none"),
-        pytest.param(lambda: torch.zeros(2), TypeError, "should be an iterable of Tensors", id="bare-tensor"),
-        pytest.param(lambda: [{"params": set(parameters())}], TypeError, "ordered", id="set"),
-        pytest.param(lambda: [1.0], TypeError, "optimizer can only optimize Tensors", id="number"),
-        pytest.param(lambda: [torch.zeros(2, requires_grad=True) * 2], ValueError, "non-leaf", id="non-leaf"),
-        pytest.param(lambda: parameters()[:1] * 2, ValueError, "a parameter appears twice in one group", id="twice"),
+        pytest.param(lambda case: [], ValueError, "empty parameter list", id="none"),
+        pytest.param(lambda case: torch.zeros(2), TypeError, "should be an iterable of Tensors", id="bare-tensor"),
+        pytest.param(lambda case: [{"params": set(case.parameters())}], TypeError, "ordered", id="set"),
+        pytest.param(lambda case: [1.0], TypeError, "optimizer can only optimize Tensors", id="number"),
         pytest.param(
-            lambda: [("a", torch.zeros(1)), torch.zeros(1)], ValueError, "with/without names", id="some-named"
+            lambda case: [case.fit(torch.zeros(2, requires_grad=True) * 2)], ValueError, "non-leaf", id="non-leaf"
         ),
         pytest.param(
-            lambda: [{"params": (same := parameters())}, {"params": same[1:]}],
+            lambda case: case.parameters()[:1] * 2, ValueError, "a parameter appears twice in one group", id="twice"
+        ),
+        pytest.param(
+            lambda case: [("a", case.fit(torch.zeros(1))), case.fit(torch.zeros(1))],
+            ValueError,
+            "with/without names",
+            id="some-named",
+        ),
+        pytest.param(
+            lambda case: [{"params": (same := case.parameters())}, {"params": same[1:]}],
             ValueError,
             "some parameters appear in more than one parameter group",
             id="in-two-groups",
         ),
     ],
 )
-def test_parameters_that_are_none(case: Case, make: Callable[[], Any], error: type[Exception], message: str) -> None:
-    given = make()
+def test_parameters_that_are_none(
+    case: Case, make: Callable[[Case], Any], error: type[Exception], message: str
+) -> None:
+    given = make(case)
     with pytest.raises(error, match=message):
         case.ours(given)
 
 
 @rich
 def test_groups_that_are_refused_leave_the_optimizer_as_it_was(case: Case) -> None:
-    params = parameters()
+    params = case.parameters()
     optimizer = case.ours(params)
     drive(optimizer, params, 2)
     before = snapshot(optimizer)
-    new = torch.nn.Parameter(torch.zeros(2))
+    new = torch.nn.Parameter(case.fit(torch.zeros(2)))
     for group, error, message in (
         ({"params": [new, params[0]]}, ValueError, "more than one parameter group"),
         ({"params": [new, new]}, ValueError, "twice in one group"),
@@ -1056,7 +1081,7 @@ def test_gradients_of_the_wrong_shape(
 ) -> None:
     """torch lets a parameter's memory be exchanged while its gradient stays. An error names it; nothing has moved, the
     parameters before it and after it neither."""
-    params = parameters(("transposed", "contiguous", "0-d"))
+    params = case.parameters(("transposed", "contiguous", "0-d"), backend=backend)
     optimizer = case.ours(params, backend=backend)
     drive(optimizer, params, steps_before)
     set_gradients(params, 3)
@@ -1088,7 +1113,7 @@ def test_a_parameter_transposed_in_its_place(case: Case) -> None:
 
 @rich
 def test_the_error_about_a_gradient_names_the_parameter(case: Case) -> None:
-    params = parameters(("contiguous", "transposed"))
+    params = case.parameters(("contiguous", "transposed"))
     optimizer = case.ours([("first.weight", params[0]), ("second.weight", params[1])])
     set_gradients(params, 0)
     wrong_size(params[1])
@@ -1101,7 +1126,7 @@ def test_the_error_about_a_gradient_names_the_parameter(case: Case) -> None:
 @rich
 def test_numba_refuses_what_it_cannot_update(case: Case) -> None:
     """A back end that is asked for by name is never replaced in silence."""
-    params = parameters(("contiguous", "gaps"))
+    params = case.parameters(("contiguous", "gaps"))
     optimizer = case.ours(params, backend="numba")
     set_gradients(params, 0)
     before = snapshot(optimizer)
@@ -1113,7 +1138,7 @@ def test_numba_refuses_what_it_cannot_update(case: Case) -> None:
 @each(RICH, torch_has=True)
 def test_state_of_a_custom_dtype_is_used(case: Case) -> None:
     """State that a user has put into float64 stays so, and the step computes with it: more exactly, never less."""
-    params, theirs = parameters(dtype=torch.float32), parameters(dtype=torch.float64)
+    params, theirs = case.parameters(dtype=torch.float32), case.parameters(dtype=torch.float64)
     for p, q in zip(params, theirs, strict=True):
         q.data.copy_(p)
     a, b = case.ours(params), case.theirs(theirs)
@@ -1136,5 +1161,6 @@ def test_state_of_a_custom_dtype_is_used(case: Case) -> None:
         for key, value in b.state[q].items():
             mine = a.state[p][key]
             assert mine.dtype == value.dtype
-            assert_close(mine, value, key, slack=slack(b))
+            # Numbers of rows and columns are no reason to compute elements in float64.
+            assert_close(mine, value, key, slack=1e-6 if value.shape != p.shape else slack(b))
     assert_close_params(params, [q.detach().float() for q in theirs])

@@ -69,12 +69,12 @@ def adabelief(
 
 
 def adan(
-    x: Array, grads: Grads, lrs: Lrs, *, betas: tuple[float, float] = (0.98, 0.92), beta3: float = 0.99,
-    eps: float = 1e-8, weight_decay: float = 0.0, no_prox: bool = False,
+    x: Array, grads: Grads, lrs: Lrs, *, betas: tuple[float, float, float] = (0.98, 0.92, 0.99), eps: float = 1e-8,
+    weight_decay: float = 0.0, no_prox: bool = False,
 ) -> Array:  # fmt: skip
     """Xie et al. 2022, algorithm 1, in whose letters each β is one minus ours; corrected for the start as in the
     authors' code."""
-    b1, b2, b3 = 1 - betas[0], 1 - betas[1], 1 - beta3
+    b1, b2, b3 = (1 - beta for beta in betas)
     m, v, n, before = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x), grads[0]
     for k, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
         m = (1 - b1) * m + b1 * g
@@ -88,18 +88,18 @@ def adan(
 
 
 def ademamix(
-    x: Array, grads: Grads, lrs: Lrs, *, betas: tuple[float, float] = (0.9, 0.999), beta3: float = 0.9999,
-    alpha: float = 2.0, beta3_warmup: float | None = None, alpha_warmup: float | None = None, eps: float = 1e-8,
+    x: Array, grads: Grads, lrs: Lrs, *, betas: tuple[float, float, float] = (0.9, 0.999, 0.9999), alpha: float = 2.0,
+    beta3_warmup: float | None = None, alpha_warmup: float | None = None, eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Array:  # fmt: skip
     """Pagliardini et al. 2024, algorithm 1, with the schedules of its equations."""
     m1, m2, nu = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
     for t, (g, lr) in enumerate(zip(grads, lrs, strict=True), start=1):
         a = alpha if alpha_warmup is None else min(t * alpha / alpha_warmup, alpha)
-        b3 = beta3
+        b3 = betas[2]
         if beta3_warmup is not None and t < beta3_warmup:
-            start, end, done = math.log(betas[0]), math.log(beta3), t / beta3_warmup
-            b3 = min(math.exp(start * end / ((1 - done) * end + done * start)), beta3)
+            start, end, done = math.log(betas[0]), math.log(betas[2]), t / beta3_warmup
+            b3 = min(math.exp(start * end / ((1 - done) * end + done * start)), betas[2])
         m1 = betas[0] * m1 + (1 - betas[0]) * g
         m2 = b3 * m2 + (1 - b3) * g
         nu = betas[1] * nu + (1 - betas[1]) * g * g
@@ -155,14 +155,14 @@ PAPERS: list[tuple[Callable[..., Array], Case]] = [
     (adabelief, Case("AdaBelief", dict(rectify=True))),
     (adabelief, Case("AdaBelief", dict(rectify=True, amsgrad=True, betas=(0.8, 0.9), eps=1e-3))),
     (adan, Case("Adan", {})),
-    (adan, Case("Adan", dict(betas=(0.5, 0.7), beta3=0.6, eps=0.1))),
+    (adan, Case("Adan", dict(betas=(0.5, 0.7, 0.6), eps=0.1))),
     (adan, Case("Adan", dict(weight_decay=0.3))),
     (adan, Case("Adan", dict(weight_decay=0.3, no_prox=True))),
     (ademamix, Case("AdEMAMix", {})),
-    (ademamix, Case("AdEMAMix", dict(betas=(0.5, 0.8), beta3=0.7, alpha=5.0, eps=0.1, weight_decay=0.3))),
+    (ademamix, Case("AdEMAMix", dict(betas=(0.5, 0.8, 0.7), alpha=5.0, eps=0.1, weight_decay=0.3))),
     (ademamix, Case("AdEMAMix", dict(alpha=8.0, beta3_warmup=100, alpha_warmup=100, weight_decay=0.1))),
-    (ademamix, Case("AdEMAMix", dict(alpha=8.0, beta3=0.99, beta3_warmup=12, alpha_warmup=7.5))),
-    (ademamix, Case("AdEMAMix", dict(betas=(0.9, 0.99), beta3=0.8, beta3_warmup=20))),
+    (ademamix, Case("AdEMAMix", dict(alpha=8.0, betas=(0.9, 0.999, 0.99), beta3_warmup=12, alpha_warmup=7.5))),
+    (ademamix, Case("AdEMAMix", dict(betas=(0.9, 0.99, 0.8), beta3_warmup=20))),
     (laprop, Case("LaProp", {})),
     (laprop, Case("LaProp", dict(betas=(0.5, 0.8), eps=0.1))),
     (laprop, Case("LaProp", dict(betas=(0.9, 0.0), weight_decay=0.3))),
@@ -209,13 +209,13 @@ def after(case: Case, steps: int = 20, lr: Callable[[int], float] | None = None)
 SAME = [
     (Case("AdEMAMix", dict(alpha=0.0, weight_decay=0.1)), Case("AdamW", dict(weight_decay=0.1))),
     (
-        Case("AdEMAMix", dict(alpha=0.0, betas=(0.8, 0.9), beta3_warmup=5)),
+        Case("AdEMAMix", dict(alpha=0.0, betas=(0.8, 0.9, 0.9999), beta3_warmup=5)),
         Case("AdamW", dict(betas=(0.8, 0.9), weight_decay=0.0)),
     ),
     (Case("AdEMAMix", dict(alpha_warmup=0, beta3_warmup=0)), Case("AdEMAMix", {})),
     (Case("LaProp", dict(betas=(0.0, 0.9), eps=1e-8)), Case("Adam", dict(lr=4e-4, betas=(0.0, 0.9)))),
     (Case("NAdamW", dict(betas=(0.0, 0.9))), Case("AdamW", dict(betas=(0.0, 0.9)))),
-    (Case("Adan", dict(betas=(0.9, 0.0), beta3=0.999)), Case("Adam", {})),
+    (Case("Adan", dict(betas=(0.9, 0.0, 0.999))), Case("Adam", {})),
     (Case("Signum", dict(momentum=0.7, weight_decay=0.1)), Case("Lion", dict(betas=(0.7, 0.7), weight_decay=0.1))),
 ]
 
@@ -241,7 +241,7 @@ def test_simplified_ademamix_is_ademamix_without_a_fast_average(alpha: float) ->
         Case(
             "AdEMAMix",
             dict(
-                lr=0.01 * alpha, betas=(0.0, 0.95), beta3=0.99, alpha=1 / (alpha * (1 - 0.99)), eps=1e-3,
+                lr=0.01 * alpha, betas=(0.0, 0.95, 0.99), alpha=1 / (alpha * (1 - 0.99)), eps=1e-3,
                 weight_decay=0.1 / alpha,
             ),
         )
@@ -272,7 +272,7 @@ def moves(case: Case, grads: Sequence[float], start: float = 0.0) -> list[float]
         (Case("AdaBelief", dict(rectify=True)), [-5.0, -5.0, -5.0]),
         (Case("Adan", {}), [-1.0, -1.0, -1.0]),
         (Case("AdEMAMix", {}), [-1 - 2 * (1 - 0.9999**t) for t in (1, 2, 3)]),
-        (Case("AdEMAMix", dict(beta3=0.0, alpha=8.0, alpha_warmup=2)), [-5.0, -9.0, -9.0]),
+        (Case("AdEMAMix", dict(betas=(0.9, 0.999, 0.0), alpha=8.0, alpha_warmup=2)), [-5.0, -9.0, -9.0]),
         (Case("LaProp", {}), [-1.0, -1.0, -1.0]),
         (Case("Signum", {}), [-1.0, -1.0, -1.0]),
     ],
@@ -345,7 +345,7 @@ def test_ademamixs_half_life_grows_linearly(beta1: float) -> None:
     """After one gradient the slow average falls by β₃(t) a step, which shows it."""
     beta3, length = 0.999, 16
     p = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = optim.AdEMAMix([p], betas=(beta1, 0.999), beta3=beta3, beta3_warmup=length)
+    optimizer = optim.AdEMAMix([p], betas=(beta1, 0.999, beta3), beta3_warmup=length)
     kept = []
     for t in range(1, 21):
         p.grad = torch.full_like(p, float(t == 1))
@@ -358,17 +358,64 @@ def test_ademamixs_half_life_grows_linearly(beta1: float) -> None:
         assert math.log(0.5) / math.log(rate) == pytest.approx((1 - share) * first + share * last, rel=1e-9)
 
 
+def test_ademamix_continues_a_checkpoint_of_the_authors() -> None:
+    """Theirs has the same names, and counts steps in an integer."""
+    grads = [randn(4, 5, seed=1 + t) for t in range(6)]
+    settings = dict(lr=0.01, betas=(0.9, 0.99, 0.999), alpha=8.0, beta3_warmup=5, alpha_warmup=5, weight_decay=0.1)
+    p, q = (torch.nn.Parameter(randn(4, 5)) for _ in range(2))
+    whole, half = (optim.AdEMAMix([x], **settings) for x in (p, q))  # type: ignore[arg-type]
+    for g in grads:
+        p.grad = g.clone()
+        whole.step()
+    for g in grads[:3]:
+        q.grad = g.clone()
+        half.step()
+    kept = half.state[q]
+    theirs = {
+        "state": {
+            0: {"step": 3} | {name: kept[name].clone() for name in ("exp_avg_fast", "exp_avg_slow", "exp_avg_sq")}
+        },
+        "param_groups": [settings | {"eps": 1e-8, "params": [0]}],
+    }
+    r = torch.nn.Parameter(q.detach().clone())
+    loaded = optim.AdEMAMix([r])
+    loaded.load_state_dict(theirs)
+    for g in grads[3:]:
+        r.grad = g.clone()
+        loaded.step()
+    assert_equal(r.detach(), p.detach())
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (0.9, 0.8), (0.9, 0.8, 0.7, 0.6), 0.9])
+def test_a_tuple_of_another_length_in_a_group_is_an_error_that_changes_nothing(betas: Any) -> None:
+    params = [torch.nn.Parameter(randn(3)) for _ in range(2)]
+    optimizer = optim.Adan([{"params": [p]} for p in params])
+    for p in params:
+        p.grad = randn(3, seed=2)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[1]["betas"] = betas
+    with pytest.raises(ValueError, match=r"Adan: betas must be three numbers, got "):
+        optimizer.step()
+    for p, b in zip(params, before, strict=True):
+        assert_equal(p.detach(), b)
+    optimizer.param_groups[1]["betas"] = [0.9, 0.8, 0.7]
+    optimizer.step()
+    assert optimizer.state[params[1]]["step"] == 2
+
+
 def test_ademamixs_schedules_on_a_device_are_those_of_the_host() -> None:
     """Where the step is a tensor, scalars are computed from tensors."""
-    hyper = dict(lr=0.01, beta3=0.9999, alpha=8.0, alpha_warmup=30.0, beta3_warmup=20.0)
+    hyper = dict(lr=0.01, alpha=8.0, alpha_warmup=30.0, beta3_warmup=20.0)
     steps = [1.0, 7.0, 19.0, 20.0, 40.0]
     with np.errstate(all="ignore"):
         for warm in (hyper, hyper | dict(alpha_warmup=math.nan, beta3_warmup=math.nan)):
             for beta1 in (0.9, 0.0):
-                host = optim.AdEMAMix.scalars(np.array(steps), betas=(np.array(beta1), np.array(0.999)), **warm)
+                betas = (beta1, 0.999, 0.9999)
+                host = optim.AdEMAMix.scalars(np.array(steps), betas=tuple(map(np.array, betas)), **warm)
                 there = optim.AdEMAMix.scalars(
                     torch.tensor(steps, dtype=torch.float64),
-                    betas=(torch.tensor(beta1, dtype=torch.float64), torch.tensor(0.999, dtype=torch.float64)),
+                    betas=tuple(torch.tensor(beta, dtype=torch.float64) for beta in betas),
                     **{k: torch.tensor(v, dtype=torch.float64) for k, v in warm.items()},
                 )
                 for name in host:

@@ -225,8 +225,11 @@ def gradients(x: Sequence[Array], step: int) -> list[Array | None]:
     return [None if step % 4 == 2 and i % 3 == 1 else g for i, g in enumerate(found)]
 
 
-@pytest.mark.parametrize("maximize", [False, True], ids=["minimize", "maximize"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "maximize"),
+    [("numba", False), ("foreach", False), ("reference", False), ("numba", True)],
+    ids=["numba", "foreach", "reference", "maximize"],
+)
 @pytest.mark.parametrize(("paper", "case"), PAPERS, ids=[str(case) for _, case in PAPERS])
 def test_what_the_paper_says(paper: Callable[..., Any], case: Case, backend: str, maximize: bool) -> None:
     """Twenty-four steps of five tensors, of which one is empty, one a number, and one rests now and then."""
@@ -537,12 +540,30 @@ def test_ds_bound_for_convex_functions(loss: Callable[..., torch.Tensor], kwargs
     assert d[-1] > 0.02 * bound
 
 
+@pytest.mark.parametrize("rest", [13, 14, 15])
+def test_the_bound_holds_when_a_tensor_comes_to_rest(rest: int) -> None:
+    """|x - 1| + 100 |y - 1|, of which y has no gradient any more: its part of r is there, and so is that of ‖s‖₁.
+
+    Without the latter d becomes 1.17, 3.00 and 8.02, as in the authors' code.
+    """
+    params, found = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)], []
+    optimizer = optim.Prodigy(params)
+    for step in range(60):
+        for p, weight in zip(params, (1.0, 0.0 if step >= rest else 100.0), strict=True):
+            p.grad = weight * (p.detach() - 1).sign() if weight else None
+        optimizer.step()
+        found.append(optimizer.d)
+    assert rises(found)
+    assert max(found) <= 1.0
+    assert found[-1] > 0.1
+
+
 def test_the_bound_holds_with_gradients_that_come_and_go() -> None:
-    """Sums of |x_i - 1| in which each tensor takes part at random: without those at rest ‖s‖₁ would be too small."""
-    for seed in range(3):
+    """Sums of |x_i - 1| in which each tensor takes part at random."""
+    for seed in range(2):
         params = [torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(4)]
         optimizer, found = optim.Prodigy(params, d0=1e-3), []
-        there = torch.rand(400, 4, generator=torch.Generator().manual_seed(seed)) < 0.3
+        there = torch.rand(200, 4, generator=torch.Generator().manual_seed(seed)) < 0.3
         for row in there.tolist():
             for p, has in zip(params, row, strict=True):
                 p.grad = (p.detach() - 1).sign() if has else None

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cases import ALL, Case, assert_equal, each, randn
+from schuss.bounds import Interval
 from schuss.testing import has_sums
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 16 * 2.0**-23, torch.bfloat16: 4 * 2.0**-8}
@@ -51,12 +52,22 @@ def lay_out(p: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor | None:
 
 @st.composite
 def some_settings(
-    draw: Any, dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32), *, steps: int = 7, most: int = 4
+    draw: Any,
+    case: Case,
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    *,
+    steps: int = 7,
+    most: int = 4,
+    in_order: bool = False,
 ) -> Setting:
-    count = draw(st.integers(1, most))
-    shapes = [tuple(draw(st.lists(st.sampled_from([0, 1, 1, 2, 3, 5]), max_size=4))) for _ in range(count)]
-    orders = [tuple(draw(st.permutations(range(len(shape))))) for shape in shapes]
+    """Of parameters that the optimizer takes; `in_order`: contiguous ones, if its kernels want that."""
+    count, bounds = draw(st.integers(1, most)), Interval.parse(case.cls.dimensions)
+    sides, most_dimensions = st.sampled_from([0, 1, 1, 2, 3, 5]), int(min(bounds.high, 4))
+    shapes = [tuple(draw(st.lists(sides, min_size=int(bounds.low), max_size=most_dimensions))) for _ in range(count)]
+    permuted = not (in_order and case.needs)
+    orders = [tuple(draw(st.permutations(range(len(s)))) if permuted else range(len(s))) for s in shapes]
     present = [[draw(st.booleans()) or step == 0 for _ in range(count)] for step in range(steps)]
+    dtypes = [dtype for dtype in dtypes if case.cls.takes_complex or not dtype.is_complex]
     return Setting(shapes, orders, present, draw(st.sampled_from(dtypes)), draw(st.integers(0, 10**6)))
 
 
@@ -92,7 +103,7 @@ def assert_near(ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: 
 def test_kernels_do_what_eager_torch_does(case: Case, data: st.DataObject) -> None:
     """float64 to 1e-12; float32 to 16 ulps after seven steps: a kernel's root may be an ulp off torch's, and centered
     RMSprop subtracts what is nearly equal."""
-    setting = data.draw(some_settings((torch.float64, torch.float32, torch.complex64)))
+    setting = data.draw(some_settings(case, (torch.float64, torch.float32, torch.complex64), in_order=True))
     ours, our_params = run(case, setting, backend="numba")
     theirs, their_params = run(case, setting, backend="reference")
     tolerance = 1e-12 if setting.dtype == torch.float64 else 16 * torch.finfo(torch.float32).eps
@@ -107,7 +118,7 @@ def test_kernels_do_what_eager_torch_does(case: Case, data: st.DataObject) -> No
 @few
 @given(data=st.data())
 def test_foreach_does_what_eager_torch_does(case: Case, data: st.DataObject) -> None:
-    setting = data.draw(some_settings())
+    setting = data.draw(some_settings(case))
     _, our_params = run(case, setting, backend="foreach")
     _, their_params = run(case, setting, backend="reference")
     tolerance = 1e-12 if setting.dtype == torch.float64 else 16 * torch.finfo(torch.float32).eps
@@ -120,7 +131,7 @@ def test_foreach_does_what_eager_torch_does(case: Case, data: st.DataObject) -> 
 @given(data=st.data())
 def test_splitting_a_group_changes_no_bit(case: Case, data: st.DataObject) -> None:
     """Neither does the order of parameters."""
-    setting = data.draw(some_settings(most=6))
+    setting = data.draw(some_settings(case, most=6))
     count = len(setting.shapes)
     order = data.draw(st.permutations(range(count)))
     cuts = sorted(data.draw(st.sets(st.integers(1, count - 1)))) if count > 1 else []
@@ -132,7 +143,7 @@ def test_splitting_a_group_changes_no_bit(case: Case, data: st.DataObject) -> No
         assert_equal(many.state[q], one.state[p])
 
 
-@every_case
+@each([case for case in ALL if case.cls.takes(torch.empty(1))])
 @few
 @given(data=st.data())
 def test_coordinates_are_alike(case: Case, data: st.DataObject) -> None:
@@ -171,7 +182,7 @@ def test_coordinates_are_alike(case: Case, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_mirroring_everything_mirrors_the_result(case: Case, data: st.DataObject) -> None:
     """All rules are odd: with parameters and gradients of the other sign every step is the same, of the other sign."""
-    setting = data.draw(some_settings())
+    setting = data.draw(some_settings(case))
     _, params = run(case, setting)
     mirrored = setting.parameters()
     for p in mirrored:
@@ -196,6 +207,9 @@ SCALE_FREE = [
     Case("ADOPT", dict(lr=0.01, eps=0.0)),
     Case("Lion", dict(lr=0.01)),
     Case("Rprop", dict(lr=0.01)),
+    Case("Adafactor", dict(lr=0.01, eps=(0.0, 1e-3))),
+    Case("Muon", dict(lr=0.01, eps=0.0)),
+    Case("NorMuon", dict(lr=0.01, eps=0.0)),
 ]
 
 
@@ -204,7 +218,7 @@ SCALE_FREE = [
 @given(data=st.data())
 def test_the_size_of_gradients_does_not_matter(case: Case, data: st.DataObject) -> None:
     """Without eps, gradients multiplied by a power of two make the same steps, to the bit."""
-    setting = data.draw(some_settings())
+    setting = data.draw(some_settings(case))
     factor = 2.0 ** data.draw(st.integers(-12, 12))
     _, params = run(case, setting)
     _, scaled = run(case, setting, factor=factor)
@@ -216,7 +230,7 @@ def test_the_size_of_gradients_does_not_matter(case: Case, data: st.DataObject) 
 @given(data=st.data())
 def test_a_gradient_in_any_layout_is_the_same_gradient(case: Case, data: st.DataObject) -> None:
     """Contiguous, or in the parameter's own order: to the bit where kernels and eager torch agree, else to 1e-12."""
-    setting = data.draw(some_settings((torch.float64,)))
+    setting = data.draw(some_settings(case, (torch.float64,)))
     _, params = run(case, setting)
     others = setting.parameters()
     optimizer = case.ours(others)
@@ -235,11 +249,11 @@ def test_the_place_in_memory_does_not_matter(case: Case, dtype: torch.dtype) -> 
     results = []
     for offset in (0, 1, 3):
         storage = torch.zeros(120, dtype=dtype)
-        p = torch.nn.Parameter(storage[offset : offset + 101])
+        p = torch.nn.Parameter(case.fit(storage[offset : offset + 101]))
         p.data.copy_(randn(101, dtype=dtype, seed=1))
         optimizer = case.ours([p])
         for step in range(7):
-            p.grad = randn(101 + offset, dtype=dtype, seed=step)[offset:]
+            p.grad = case.fit(randn(101 + offset, dtype=dtype, seed=step)[offset:])
             p.grad.copy_(randn(101, dtype=dtype, seed=50 + step))
             optimizer.step()
         results.append(p.detach().clone())

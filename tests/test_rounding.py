@@ -179,7 +179,7 @@ def test_back_ends_agree(case: Case, rounding: str) -> None:
     """
     runs = []
     for backend in BACKENDS:
-        params = halves_of((2000,), (30, 20))
+        params = [torch.nn.Parameter(case.fit(p.detach())) for p in halves_of((2000,), (30, 20))]
         optimizer = case.ours(params, rounding=rounding, backend=backend)
         steps(optimizer, params, range(1))
         runs.append(params)

@@ -44,6 +44,13 @@ FORMS = {
         {"ns_coefficients": "polar_express", "ns_steps": 3},
     ],
     "NorMuon": [{}, {"weight_decay": 0.0, "beta2": 0.5}],
+    "SOAP": [{}, {"precondition_frequency": 1, "betas": (0.9, 0.5)}, {"normalize_grads": True, "max_precond_dim": 5}],
+    "Shampoo": [
+        {},
+        {"precondition_frequency": 1, "start_preconditioning_step": 1, "grafting": None, "betas": (0.0, 1.0)},
+        {"precondition_frequency": 2, "start_preconditioning_step": 2, "block_size": 3, "momentum": 0.5},
+        {"start_preconditioning_step": 1, "grafting": "sgd", "block_size": 2, "precondition_1d": True},
+    ],
 }
 
 

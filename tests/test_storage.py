@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 
-from cases import PLAIN, RICH, Case, each, gradient, randn
+from cases import PLAIN, RICH, Case, each, exact_matrices, gradient, randn
 from schuss import optim
 from schuss.engine.storage import BLOCK, MAPS
 from stored import (
@@ -54,10 +54,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 ADAMW, MOMENTUM = Case("AdamW", {"lr": 0.01}), Case("SGD", {"lr": 0.1, "momentum": 0.9})
 
 
-def stored(cases: list[Case], storages: tuple[str, ...] = STORAGES) -> pytest.MarkDecorator:
-    """Parametrize by cases and the storages that each may have."""
+def stored(cases: list[Case], storages: tuple[str, ...] = STORAGES) -> Callable[[Any], Any]:
+    """Parametrize by cases and the storages that each may have; the function of matrices of some is in float64."""
     pairs = [pytest.param(c, s, id=f"{c}-{s}") for c in cases for s in storages if allowed(c, s)]
-    return pytest.mark.parametrize(("case", "storage"), pairs)
+    return lambda test: exact_matrices(pytest.mark.parametrize(("case", "storage"), pairs)(test))
+
+
+ROUGHLY = [case for case in RICH if "matrices" not in case.needs]
+"""Those whose steps are products of powers of states: a function of matrices may make more of an error."""
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -74,13 +78,13 @@ def test_a_step_of_eager_torch(case: Case, storage: str, backend: str) -> None:
     check_steps(case, storage, backend, 3)
 
 
-@stored(RICH)
+@stored(ROUGHLY)
 def test_a_few_steps_stay_within_the_bound(case: Case, storage: str) -> None:
     check_run(case, storage, "numba")
 
 
 @pytest.mark.parametrize("backend", ["foreach", "reference"])
-@stored(RICH)
+@stored(ROUGHLY)
 def test_a_few_steps_of_eager_torch(case: Case, storage: str, backend: str) -> None:
     check_run(case, storage, backend)
 
@@ -424,7 +428,7 @@ def test_to_torch_and_back(case: Case) -> None:
     back = successor(trial, case, "int8", theirs.state_dict())
     for p, q in zip(params, back.params, strict=True):
         for name, c in states(back.optimizer, q).items():
-            assert bool(c.storage.blockwise) == (q.numel() >= 4096)
+            assert bool(c.storage.blockwise) == (c.values.numel() >= 4096)
             x, y = by_blocks(theirs.state[p][name]), by_blocks(c.read(torch.float32))
             absmax = x.abs().amax(1, keepdim=True)
             bound = map_error(UNSIGNED if c.storage.dtype == UNSIGNED else SIGNED, x / absmax) * absmax
@@ -432,15 +436,16 @@ def test_to_torch_and_back(case: Case) -> None:
     back.step(4)
 
 
-@each([c for c in PLAIN if allowed(c, "int8") and c.name != "SGD"], torch_has=True)
+@each([c for c in PLAIN if allowed(c, "int8") and c.name not in ("SGD", "Muon")], torch_has=True)
 def test_torch_does_not_take_codes_for_values(case: Case) -> None:
+    """Its SGD and Muon make a buffer that they miss."""
     trial = trained(case, "int8")
     params, theirs = torch_pair(case, trial)
     theirs.load_state_dict(trial.optimizer.state_dict())
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.ones_like(p)
-    with pytest.raises(KeyError):
+    with pytest.raises(AssertionError if case.name == "Adafactor" else KeyError):
         theirs.step()
     assert all(map(torch.equal, params, before))
 

@@ -134,6 +134,7 @@ class WrapperContract:
         def make(groups: Any, **options: Any) -> Wrapper:
             return type(self).checked(optim.AdamW(groups, **options), **self.settings)
 
+        make.takes, make.takes_complex = optim.AdamW.takes, optim.AdamW.takes_complex
         check(make, {"lr": 0.01})
 
     # --- checkpoints and copies -------------------------------------------------------------------------------------

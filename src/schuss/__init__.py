@@ -11,6 +11,7 @@ from schuss.rule import State as State
 
 if TYPE_CHECKING:
     from schuss import schedules as schedules
+    from schuss.lab.find_lr import find_lr as find_lr
     from schuss.schedules import Schedule as Schedule
     from schuss.training import Checkpoint as Checkpoint
     from schuss.training import CheckpointError as CheckpointError
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from schuss.training import load_checkpoint as load_checkpoint
     from schuss.training import param_groups as param_groups
     from schuss.training import save_checkpoint as save_checkpoint
-    from schuss.training import unfreeze as unfreeze
     from schuss.training.accumulate import accumulate as accumulate
     from schuss.training.fit import fit as fit
+    from schuss.training.unfreeze import unfreeze as unfreeze
     from schuss.wrappers import ASAM as ASAM
     from schuss.wrappers import SAM as SAM
     from schuss.wrappers import Combined as Combined
@@ -43,6 +44,7 @@ __all__ = [
     "State",
     "accumulate",
     "clip_grad_norm_",
+    "find_lr",
     "fit",
     "formula",
     "load_checkpoint",
@@ -67,6 +69,7 @@ _LATER = {
     "Schedule": "schuss.schedules",
     "accumulate": "schuss.training",
     "clip_grad_norm_": "schuss.training",
+    "find_lr": "schuss.lab.find_lr",
     "param_groups": "schuss.training",
     "schedules": "schuss",
     "unfreeze": "schuss.training",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _INTERVAL = re.compile(r"([\[(])\s*([^,\s]+)\s*,\s*([^,\s\])]+)\s*([\])])")
+_COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,16 @@ def check(owner: str, name: str, value: Any, bound: str | tuple[str, ...]) -> No
     Args:
         owner: the class that the message names.
         name: the argument that the message names.
-        value: a number, a tensor of one element, or a pair of them.
-        bound: an interval, or one for each element; "None or ..." admits None.
+        value: a number, a tensor of one element, or a tuple of them.
+        bound: an interval, or a tuple of one for each element; "None or ..." admits None.
 
     Raises:
         TypeError: it is not a number.
-        ValueError: it lies outside.
+        ValueError: it lies outside, or is not a tuple of as many numbers as there are intervals.
     """
-    if isinstance(bound, tuple) or isinstance(value, (tuple, list)):
-        if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise ValueError(f"{owner}: {name} must be two numbers, got {value!r}")
-        bounds = bound if isinstance(bound, tuple) else (bound, bound)
-        for i, (item, its_bound) in enumerate(zip(value, bounds, strict=True)):
+    if isinstance(bound, tuple):
+        check_length(owner, name, value, len(bound))
+        for i, (item, its_bound) in enumerate(zip(value, bound, strict=True)):
             check(owner, f"{name}[{i}]", item, its_bound)
         return
     optional = bound.startswith("None or ")
@@ -76,6 +75,12 @@ def check(owner: str, name: str, value: Any, bound: str | tuple[str, ...]) -> No
         )
     if number(value) not in interval:
         raise ValueError(f"{owner}: {name} must be {allowed}, got {value!r}")
+
+
+def check_length(owner: str, name: str, value: Any, count: int) -> None:
+    """Raise ValueError unless `value` is a tuple, or list, of `count` elements."""
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        raise ValueError(f"{owner}: {name} must be {_COUNTS.get(count, count)} numbers, got {value!r}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

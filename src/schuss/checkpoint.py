@@ -40,16 +40,21 @@ def load(optimizer: "Optimizer", state_dict: StateDict, *, strict: bool) -> None
     for saved, group in zip(saved_groups, groups, strict=True):
         optimizer._check({**optimizer.defaults, **group, **saved})
     saved_state: Mapping[Any, Any] = state_dict["state"]
+    of = {
+        p: {**optimizer.defaults, **group, **saved}
+        for saved, group in zip(saved_groups, groups, strict=True)
+        for p in group["params"]
+    }
     for name, p, index in source:
         if index in saved_state:
-            _check(optimizer, name, p, saved_state[index])
+            _check(optimizer, name, p, of[p], saved_state[index])
 
     state: defaultdict[Any, Any] = defaultdict(dict)
     known = set()
     for _, p, index in source:
         known.add(index)
         if index in saved_state:
-            state[p] = _stored(optimizer, p, saved_state[index])
+            state[p] = _stored(optimizer, p, of[p], saved_state[index])
     for key, value in saved_state.items():
         if key not in known and not isinstance(key, int):
             state[key] = deepcopy(value)
@@ -104,7 +109,9 @@ def _by_name(owner: str, saved: Any, groups: Any, *, strict: bool) -> list[tuple
     return [(name, p, there.get(name)) for name, p in here.items()]
 
 
-def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str, Any]) -> None:
+def _check(
+    optimizer: "Optimizer", name: str, p: torch.Tensor, group: Mapping[str, Any], kept: Mapping[str, Any]
+) -> None:
     owner = type(optimizer).__name__
 
     def check(key: str, shape: tuple[int, ...]) -> None:
@@ -118,7 +125,7 @@ def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str
     for state in optimizer._rule.states.values():
         codes, absmax = f"{state.name}_codes", f"{state.name}_absmax"
         if state.name in kept:
-            check(state.name, state.shape(p))
+            check(state.name, state.shape(group, p))
         value = kept.get(state.name)
         if isinstance(value, torch.Tensor) and not (value.is_floating_point() or value.is_complex()):
             raise ValueError(f"{owner}: {state.name!r} of {name} must be floating-point, got {value.dtype}")
@@ -132,7 +139,9 @@ def _check(optimizer: "Optimizer", name: str, p: torch.Tensor, kept: Mapping[str
 
 
 @torch.no_grad()
-def _stored(optimizer: "Optimizer", p: torch.Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+def _stored(
+    optimizer: "Optimizer", p: torch.Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, Any]:
     """A parameter's saved state, copied, as this optimizer stores it."""
     kept = {key: _copy(value, key, p) for key, value in saved.items()}
     for key in (f"{state.name}_absmax" for state in optimizer._rule.states.values()):
@@ -149,7 +158,7 @@ def _stored(optimizer: "Optimizer", p: torch.Tensor, saved: Mapping[str, Any]) -
             storage = cell.storage
         moved = storage.blockwise and significant_strides(cell.values) != significant_strides(p)
         if cell.storage != storage or moved:  # blocks are of neighbours in memory, which may be others here
-            new, tensors = make(state.name, storage, p, state.shape(p))
+            new, tensors = make(state.name, storage, p, state.shape(group, p))
             new.write(cell.read(torch.float32 if storage.dtype != torch.float64 else torch.float64).to(p.device))
             for key in keys_of(state.name, cell.storage):
                 del kept[key]

@@ -91,10 +91,10 @@ def compare(
     from schuss.lab.candidate import DEFAULT_NAMES, candidates
     from schuss.lab.compare import compare
     from schuss.lab.ranking import rank, remarks
-    from schuss.lab.workload import digits
+    from schuss.lab.workloads import WORKLOADS
 
     torch.set_num_threads(threads)
-    workload = digits()
+    workload = WORKLOADS["digits"]
     with bad_values():
         names = DEFAULT_NAMES if optimizers is None else _split(",".join(optimizers))
         entrants = candidates(names, None if lrs is None else _learning_rates(lrs))
@@ -122,6 +122,102 @@ def compare(
     page.write_text(report.to_html(standings, command=command, workload=workload), encoding="utf-8")
     numbers.write_text(report.to_json(runs, command=command, workload=workload), encoding="utf-8")
     console.print(f"Report: {page}\nNumbers: {numbers}")
+
+
+@app.command()
+def workloads(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Check one: a workload of schuss, or module:function for one of yours.", show_default=False
+        ),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch. One is the fastest on a shared machine.")] = 1,
+) -> None:
+    """What optimizers are compared on: name, what it is, size, steps of a run, metric, target and time."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from schuss.lab.check import HEADER, check
+    from schuss.lab.workloads import WORKLOADS, find
+
+    torch.set_num_threads(threads)
+    sys.path.insert(0, "")  # module:function is looked for in this folder, as `python -m` does
+    with bad_values():
+        found = [check(workload) for workload in (WORKLOADS.values() if name is None else [find(name)])]
+
+    shown = Table(box=None, pad_edge=False)
+    for title in HEADER:
+        left = title in ("workload", "what it is", "target")
+        shown.add_column(title, justify="left" if left else "right", no_wrap=title != "what it is")
+    for facts in found:
+        shown.add_row(*facts.cells())
+    console = Console(highlight=False, markup=False)
+    console.print(shown)
+    if name is not None:
+        [facts] = found
+        before = ", ".join(f"{key} {value:.4g}" for key, value in facts.scores.items())
+        task = facts.task
+        console.print(
+            f"Checked with seed 0: {task.epochs} epochs of {len(task.batches)} batches of {task.batch_size}. "
+            f"Before training: {before}.",
+            soft_wrap=True,
+        )
+
+
+@app.command("find-lr")
+def find_learning_rate(
+    workload: Annotated[str, typer.Argument(help="A workload of schuss, or module:function for one of yours.")],
+    optimizer: Annotated[str, typer.Option(help="AdamW is schuss's, torch:AdamW is torch's.")] = "AdamW",
+    low: Annotated[float, typer.Option(help="First learning rate.")] = 1e-7,
+    high: Annotated[float, typer.Option(help="Last learning rate.")] = 10.0,
+    steps: Annotated[int, typer.Option(help="Steps from one to the other.")] = 100,
+    rule: Annotated[str, typer.Option(help="The suggestion that is marked.")] = "minimum",
+    seed: Annotated[int, typer.Option(min=0, help="Of the workload.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch. One is the fastest on a shared machine.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write this file: .html, .csv, .json or .png.", show_default=False)
+    ] = None,
+) -> None:
+    """The learning-rate range test of an optimizer on a workload: the curve, and what every rule suggests."""
+    import torch
+    from rich.console import Console
+
+    from schuss.lab.candidate import candidates
+    from schuss.lab.find_lr import SUFFIXES, find_lr
+    from schuss.lab.workloads import find
+
+    torch.set_num_threads(threads)
+    sys.path.insert(0, "")  # module:function is looked for in this folder, as `python -m` does
+    with bad_values():
+        if out is not None and out.suffix not in SUFFIXES:
+            raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {out}")
+        [entrant] = candidates([optimizer])
+        chosen = find(workload)
+        torch.manual_seed(seed)
+        task = chosen(seed)
+        try:
+            made = entrant.optimizer(task.model.parameters(), 1.0)
+            found = find_lr(
+                task.model, made, task.batches, lambda model, batch: task.loss(model, batch),
+                low=low, high=high, steps=steps, rule=rule,
+            )  # fmt: skip
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(str(error)) from error
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    width = min(console.width, 100) - 12 if console.is_terminal else 72
+    sketch = found.sketch(width=max(width, 24), dots="utf" in console.encoding.lower())
+    console.print(sketch, style="cyan")
+    console.print(f"{optimizer} on {chosen.name}, smoothed loss against the learning rate\n")
+    console.print(str(found))
+    if out is not None:
+        try:
+            found.save(out)
+        except OSError as error:
+            raise typer.BadParameter(f"cannot write {out}: {error.strerror}") from error
+        console.print(f"Curve: {out}")
 
 
 @app.command("list")

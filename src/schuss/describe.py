@@ -32,8 +32,7 @@ SYMBOLS = {
     "weight_decay": "lambda",
     "momentum": "mu",
     "step": "t",
-    "rho": "rho",
-    "alpha": "alpha",
+    "beta2_decay": "tau",
 }
 """How papers write what code calls by a word."""
 
@@ -224,7 +223,7 @@ def show(
         return "\n".join(rf"{sympy.latex(e)} \\" for e in (*longer, *equations))
     written = [
         "\n".join("  " + line for line in sympy.pretty(e, use_unicode=True, wrap_line=False).splitlines())
-        for e in (*longer, *equations)
+        for e in map(_with_words, (*longer, *equations))
     ]
     return "\n\n".join([f"{cls.__name__}: {summary(cls)}", *written, f"Source: {cls.source}"])
 
@@ -259,17 +258,21 @@ def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sy
 
 
 def _shared(formula: Formula) -> dict[Expr, str]:
-    """What is summed over, and used beside that, with letters for it: it is written once."""
+    """What is used more than once and too long for it, most of all what is summed over; with a letter for each."""
     if not is_staged(formula):
         return {}
     users: dict[Expr, set[Expr]] = {}
     for node in used(formula.outputs.values()):
         for arg in node.args:
             users.setdefault(arg, set()).add(node)
-    summed = [node for node, by in users.items() if len(by) > 1 and any(user.op in (*SUMS, *MEANS) for user in by)]
     letters = (letter for letter in "uwxyzabcde" if letter not in formula.inputs)
     known = set(formula.outputs.values())
-    return {node: next(letters) for node in summed if not known & {node} and len(used([node])) > 4}
+    found = {}
+    for node, by in users.items():
+        enough = 4 if any(user.op in (*SUMS, *MEANS) for user in by) else 12
+        if len(by) > 1 and len(used([node])) > enough and not known & {node}:
+            found[node] = next(letters)
+    return found
 
 
 def _declared(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
@@ -290,10 +293,8 @@ def _example(
 def _scalars(rule: Rule, group: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> mathematics of every scalar of a step."""
     graph = Graph()
-    pairs = {
-        k: (graph.name(_singular(k) + "1"), graph.name(_singular(k) + "2")) for k in rule.numeric if k in rule.pairs
-    }
-    hyper: dict[str, Any] = {k: pairs.get(k, graph.name(k)) for k in rule.numeric}
+    tuples = {k: tuple(graph.name(f"{_singular(k)}{i + 1}") for i in range(n)) for k, n in rule.lengths.items()}
+    hyper: dict[str, Any] = {k: tuples.get(k, graph.name(k)) for k in rule.numeric}
     flags = {k: sympy.Integer(group[k]) for k in rule.numeric if isinstance(group[k], bool)}
     constants = {"gain": -1 if group.get("maximize") else 1, "decoupled": int(rule.is_decoupled(group))}
     kept = {n: graph.name(n) for n in (*rule.scalar_states, "step", "first", "dtype_eps")}
@@ -396,6 +397,20 @@ class Norm(_Word):
     is_nonnegative = True
 
 
+class Largest(_Word):
+    text = "max"
+
+
+class Smallest(_Word):
+    text = "min"
+
+
+def _with_words(equation: sympy.Eq) -> sympy.Eq:
+    """An equation whose maxima and minima are printed as other functions are."""
+    left, right = (side.replace(sympy.Max, Largest).replace(sympy.Min, Smallest) for side in equation.args)
+    return sympy.Eq(left, right, evaluate=False)
+
+
 class _Product(sympy.Symbol):  # type: ignore[misc]
     """A product of matrices, as one symbol."""
 
@@ -447,16 +462,18 @@ def _condition(value: Any) -> Any:
 
 
 def _number(value: float) -> Any:
-    return sympy.Integer(int(value)) if float(value).is_integer() else sympy.Float(value, 3)
+    return sympy.Integer(int(value)) if float(value).is_integer() and abs(value) < 1e9 else sympy.Float(value, 3)
 
 
 def _singular(name: str) -> str:
-    return name.removesuffix("s")
+    return name if name in SYMBOLS else name.removesuffix("s")
 
 
 def _symbol(name: str) -> sympy.Symbol:
-    name = SYMBOLS.get(name, name)
-    return sympy.Symbol(f"{name[:-1]}_{name[-1]}" if name[-1:].isdigit() else name, real=True)
+    word = name.rstrip("0123456789")
+    number = name[len(word) :]
+    word = SYMBOLS.get(word, word)
+    return sympy.Symbol(f"{word}_{number}" if number else SYMBOLS.get(name, word), real=True)
 
 
 def _previous(name: str) -> sympy.Symbol:

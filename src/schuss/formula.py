@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 __all__ = [
-    "Operand", "absolute", "clamp", "column_mean", "columns", "dot", "everywhere", "lerp", "logical_and",
+    "Operand", "absolute", "clamp", "column_mean", "columns", "dot", "everywhere", "exp", "lerp", "log", "logical_and",
     "matrix_function", "maximum", "mean", "mean_square", "minimum", "norm", "row_mean", "rows", "sign", "size", "sqrt",
     "total", "where",
 ]  # fmt: skip
@@ -147,6 +147,10 @@ def _towards(choose: Callable[..., Any]) -> Callable[..., Any]:
 
 sqrt = word(torch.sqrt, np.sqrt)
 sqrt.__doc__ = "The square root."
+exp = word(torch.exp, np.exp)
+exp.__doc__ = "e to the power of it."
+log = word(torch.log, np.log)
+log.__doc__ = "The natural logarithm."
 absolute = word(torch.absolute, np.abs)
 absolute.__doc__ = "The absolute value; `abs(x)` says the same."
 sign = word(torch.sign, lambda x: 1.0 * (np.asarray(x) > 0) - 1.0 * (np.asarray(x) < 0))
@@ -183,11 +187,11 @@ def _total(x: torch.Tensor) -> torch.Tensor:
 
 
 def _row_mean(x: torch.Tensor) -> torch.Tensor:
-    return x.mean(dim=-1, keepdim=True)
+    return x.mean(dim=-1, keepdim=True) if x.shape[-1] else x.sum(dim=-1, keepdim=True)  # of nothing: 0
 
 
 def _column_mean(x: torch.Tensor) -> torch.Tensor:
-    return x.mean(dim=-2, keepdim=True)
+    return x.mean(dim=-2, keepdim=True) if x.shape[-2] else x.sum(dim=-2, keepdim=True)
 
 
 def _everywhere(x: torch.Tensor) -> torch.Tensor:

@@ -393,7 +393,7 @@ class Optimizer(torch.optim.Optimizer):
                 kept[name] = torch.tensor(known, dtype=_scalar_dtype())
         for state in rule.states.values():
             if state.exists(group, p) and find(kept, state.name) is None:
-                cell, tensors = make(state.name, chosen(self, p, state)[0], p, state.shape(p))
+                cell, tensors = make(state.name, chosen(self, p, state)[0], p, state.shape(group, p))
                 reals = Cell(Storage(p.dtype), p).read(torch.float64)
                 if state.like != "p":
                     cell.values.fill_(initial(state.init))

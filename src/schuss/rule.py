@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from schuss.bounds import number
+from schuss.bounds import check_length, number
 from schuss.engine.pieces import EMA, Pieces, trace
 from schuss.engine.stages import Domain, cut
 from schuss.engine.trace import Formula, parameters, used
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 ENGINE_KEYS = ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 """Keys of a parameter group that speak to the engine, not to the rule."""
 
+
+Shape = Callable[[Mapping[str, Any], torch.Tensor], tuple[int, ...]]
+"""The shape of a state, of a parameter and its group."""
 
 _MATRIX = torch.empty(2, 2, device="meta")
 _DOMAINS = {
@@ -48,7 +51,8 @@ class State:
         number: it is one number for the tensor; the formula returns the new one, made of sums.
         like: what its shape is like: "p"; "rows" or "columns", one number for each row or column of the parameter's
             matrices, which are its last two dimensions; "left" or "right", a square matrix with the side of the
-            parameter as one matrix, for functions of matrices.
+            parameter as one matrix, for functions of matrices; or a function of the group and the parameter that gives
+            the shape of several square matrices.
     """
 
     name: str
@@ -58,7 +62,7 @@ class State:
     exact: bool | str = False
     wide: bool = False
     number: bool = False
-    like: Literal["p", "rows", "columns", "left", "right"] = "p"
+    like: Literal["p", "rows", "columns", "left", "right"] | Shape = "p"
 
     def exists(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
         """Whether a parameter of this group has the state."""
@@ -70,8 +74,10 @@ class State:
         """Whether some parameter of this group may have the state."""
         return not isinstance(self.when, str) or bool(group[self.when])
 
-    def shape(self, p: torch.Tensor) -> tuple[int, ...]:
-        """Its shape, for a parameter."""
+    def shape(self, group: Mapping[str, Any], p: torch.Tensor) -> tuple[int, ...]:
+        """Its shape, for a parameter of this group."""
+        if callable(self.like):
+            return self.like(group, p)
         if self.like == "rows":
             return (*p.shape[:-1], 1)
         if self.like == "columns":
@@ -154,13 +160,14 @@ class Rule:
             for key in defaults
             if key in wanted and key not in self.flags and key not in ENGINE_KEYS and key not in choices
         )
-        """The hyperparameters that are numbers, or pairs of numbers, for the scalars and the formula."""
-        self.pairs = {key for key in self.numeric if isinstance(defaults[key], (tuple, list))}
+        """The hyperparameters that are numbers, or tuples of numbers, for the scalars and the formula."""
+        self.lengths = {k: len(value) for k in self.numeric if isinstance(value := defaults[k], (tuple, list))}
+        """How many numbers those have that are tuples."""
         self.columns: dict[str, slice] = {}
         """Where each of them lies in a row of numbers."""
+        start = 0
         for key in self.numeric:
-            start = max((c.stop for c in self.columns.values()), default=0)
-            self.columns[key] = slice(start, start + (2 if key in self.pairs else 1))
+            self.columns[key] = slice(start, start := start + self.lengths.get(key, 1))
 
     def with_options(self, options: "Settings") -> "Rule":
         """This rule with what an optimizer's options add to it: an average, and a `step` for what is keyed by it."""
@@ -240,11 +247,16 @@ class Rule:
 
     def domains(self) -> dict[str, Domain]:
         """What p, g and the states have a value for, by letter."""
-        return {"p": Domain.ELEMENTS, "g": Domain.ELEMENTS} | {n: _DOMAINS[s.like] for n, s in self.states.items()}
+        return {"p": Domain.ELEMENTS, "g": Domain.ELEMENTS} | {
+            n: Domain.MATRIX if callable(s.like) else _DOMAINS[s.like] for n, s in self.states.items()
+        }
 
     def numbers_of(self, key: str, value: Any) -> list[float]:
-        """A numeric hyperparameter as float64 numbers: two for a pair. NaN for None, and for what is on a device."""
-        return [_known(v) for v in (value if key in self.pairs else (value,))]
+        """A numeric hyperparameter as float64 numbers: all of a tuple. NaN for None, and for what is on a device."""
+        if key not in self.lengths:
+            return [_known(value)]
+        check_length(self.owner, key, value, self.lengths[key])
+        return [_known(v) for v in value]
 
     def numbers(self, group: Mapping[str, Any]) -> list[float]:
         """A group's numeric hyperparameters, and what the engine needs of it, as one row of float64."""
@@ -253,15 +265,11 @@ class Rule:
 
     def unpack(self, columns: Any) -> dict[str, Any]:
         """Name -> value of what `numbers` packed, from columns (one row or many)."""
-        values, i = {}, 0
-        for key in self.numeric:
-            if key in self.pairs:
-                values[key] = (columns[i], columns[i + 1])
-                i += 2
-            else:
-                values[key] = columns[i]
-                i += 1
-        return values | {"gain": columns[i], "decoupled": columns[i + 1]}
+        values: dict[str, Any] = {
+            key: tuple(columns[place]) if key in self.lengths else columns[place.start]
+            for key, place in self.columns.items()
+        }
+        return values | {"gain": columns[-2], "decoupled": columns[-1]}
 
     def finish(
         self, hyper: Mapping[str, Any], kept: Mapping[str, Any], gain: Any = 1.0, needed: tuple[str, ...] = ()

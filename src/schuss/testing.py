@@ -102,6 +102,8 @@ def same(a: Run, b: Run) -> None:
 
 def has_sums(optimizer: Optimizer) -> bool:
     """Whether the rule sums over tensors, in the form that some parameter has."""
+    while (inner := getattr(optimizer, "inner", None)) is not None:  # of a wrapper
+        optimizer = inner
     rule = optimizer._rule
     variants = {rule.variant(group, p) for group in optimizer.param_groups for p in group["params"]}
     return any(is_staged(rule.trace(variant, Pieces())[0]) for variant in variants)
@@ -248,16 +250,16 @@ def bounds_hold(cls: type[Optimizer], settings: Mapping[str, Any]) -> None:
     defaults = Run(cls, settings).optimizer.defaults
     for name, bound in cls.bounds.items():
         assert name in defaults, f"bounds name {name!r}, which is no hyperparameter"
-        pair = isinstance(defaults[name], (tuple, list))
-        for i in range(2 if pair else 1):
-            allowed = bound[i] if isinstance(bound, tuple) else bound
+        several = isinstance(bound, tuple)
+        intervals = bound if isinstance(bound, tuple) else (bound,)
+        for i, allowed in enumerate(intervals):
             text = allowed.removeprefix("None or ")
             interval = Interval.parse(text)
             for wrong in (interval.low - 1, interval.high + 1, math.nan):
                 if wrong in interval or math.isinf(wrong):
                     continue
-                value = tuple(wrong if j == i else d for j, d in enumerate(defaults[name])) if pair else wrong
-                where = f"{name}[{i}]" if pair else name
+                value = tuple(wrong if j == i else d for j, d in enumerate(defaults[name])) if several else wrong
+                where = f"{name}[{i}]" if several else name
                 try:
                     Run(cls, {**settings, name: value})
                 except ValueError as error:

@@ -214,8 +214,11 @@ class Bucket(ABC):
         """Write the new values of states that are no elements."""
         for letter, value in self._new_beside.items():
             name = self._rule.states[letter].name
+            values = value if getattr(value, "ndim", 0) else [torch.as_tensor(value)] * len(self._kept)
             there = [
-                (kept[name], new) for kept, new, active in zip(self._kept, value, self.active, strict=True) if active
+                (kept[name], torch.as_tensor(new).expand_as(kept[name]))
+                for kept, new, active in zip(self._kept, values, self.active, strict=True)
+                if active
             ]
             torch._foreach_copy_([old for old, _ in there], [new for _, new in there])
 
@@ -495,10 +498,10 @@ class CpuBucket(Bucket):
                     self._new[:, self._scalar_names.index(name)] = self._values(node)
 
     def _over_tensors(self, numbers: Any) -> float:
-        return math.fsum(np.broadcast_to(numbers, len(self.params))[self.active].tolist())
+        return add_up(np.broadcast_to(numbers, len(self.params))[self.active].tolist())
 
     def _here(self, number: Any) -> Any:
-        return float(number)
+        return np.float64(number)  # divides by zero, as an array does
 
     def _run(self, kernel: int) -> None:
         tables = (self._all_addresses(), self._row_of, self._table, self._streams)
@@ -544,7 +547,15 @@ def square_sum(dtype: torch.dtype, address: Array, size: Array, weight: Array) -
     """
     nothing = np.zeros(1)
     tables = (np.ascontiguousarray(address), nothing, nothing)
-    return math.fsum(sums_of(_square_kernel(dtype), 1, tables, size, weight)[:, 0].tolist())
+    return add_up(sums_of(_square_kernel(dtype), 1, tables, size, weight)[:, 0].tolist())
+
+
+def add_up(numbers: Sequence[float]) -> float:
+    """The sum, whatever their order; `math.fsum` raises on infinities of both signs, and on sums beyond float64."""
+    try:
+        return math.fsum(numbers)
+    except (ValueError, OverflowError):
+        return sum(numbers)
 
 
 def sums_of(kernel: int, count: int, tables: Sequence[Array], size: Array, weight: Array) -> Array:

@@ -156,16 +156,27 @@ def update(
     stacks: dict[str, Any] = {n: None if s is None else wide(s) for n, s in states.items()}
     stacks |= {letter: others[letter] for letter in rule.number_states}
     gradients = Stack([real_view(g).to(dtype) for g in grads], dtype)
-    new = apply(rule.formula, pieces, wide(params), gradients, stacks, others | dict(flags))
+    values = wide(params)
+    new = apply(rule.formula, pieces, values, gradients, stacks, others | dict(flags))
+    own = {id(values): "p"} | {id(stacks[letter]): letter for letter in there if letter != "p"}
+    for name in there:
+        if own.get(id(new[name]), name) != name:  # what was another role's value must outlive the writing of that role
+            new[name] = Stack([t.clone() for t in new[name].tensors], dtype)
     for name, cells in there.items():
         result = new[name]
         if not isinstance(result, Stack):  # the same number for all elements
-            values = result.values if isinstance(result, Numbers) else [result] * len(cells)
-            like = [cell.read(dtype) for cell in cells]
-            result = Stack([torch.full_like(t, float(v)) for t, v in zip(like, values, strict=True)], dtype)
+            like = zip([cell.read(dtype) for cell in cells], _of_each(result, len(cells)), strict=True)
+            result = Stack([torch.full_like(t, float(v)) for t, v in like], dtype)
         if all(cell.is_plain and not cell.values.is_conj() for cell in cells):
             torch._foreach_copy_([real_view(cell.values) for cell in cells], result.tensors)
             continue
         for cell, value in zip(cells, result.tensors, strict=True):
             cell.write(value)
-    return {n: v.tensors if isinstance(v := new[n], Stack) else v.values for n in rule.number_states}
+    return {n: _of_each(new[n], len(params)) for n in rule.number_states}
+
+
+def _of_each(numbers: Any, count: int) -> list[Any]:
+    """A number of each tensor, as a list."""
+    if isinstance(numbers, Stack):
+        return numbers.tensors
+    return numbers.values if isinstance(numbers, Numbers) else [numbers] * count

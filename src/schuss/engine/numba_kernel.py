@@ -13,7 +13,7 @@ import torch
 
 from schuss.engine.stages import Sums
 from schuss.engine.storage import BLOCK, MAPS, Layout, Storage, compute_dtype, slots, traced
-from schuss.engine.text import call, dtype_name, indented, safe_names
+from schuss.engine.text import call, dtype_name, indented, listed, safe_names, wrapped
 from schuss.engine.trace import Formula, to_source, used
 
 
@@ -84,15 +84,16 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
         body += [*scales, f"for i in range({count}):", *indented(encodes)]
     if maps:
         body = [*_BLOCKS, *indented(body)]
-    table = ", ".join(f"{names[letter]}: {storage}" for letter, storage in layout.items())
+    table = listed({names[letter]: storage for letter, storage in layout.items()})
     integers = ", int8, int32, int64, uint8" if maps else ", int32, int64"
     return "".join(
         f"{line}\n"
         for line in (
             f'"""{title}\n',
-            f"One pass over {table}; computed in {value}.",
+            *wrapped(f"One pass over {table}; computed in {value}."),
             f"context: addresses of the table of data pointers [tensor, {len(columns)}], of each tensor's row, and of",
-            f'the rows of scalars ({", ".join(scalars)}){"; then of the random streams" if streams else ""}.\n"""\n',
+            *wrapped(f"the rows of scalars ({', '.join(scalars)}){'; then of the random streams' if streams else ''}."),
+            '"""\n',
             "import numpy as np",
             f"from numba import carray, cfunc, float32, float64{integers}, uint16, void\n",
             f"from schuss.engine.native import *  # digest {native_digest()}\n\n",
@@ -146,14 +147,15 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
         ),
     ]
     wanted = [(i, name) for i, name in enumerate(scalars) if name in letters]
+    table = listed({names[letter]: storage for letter, storage in layout.items() if letter in letters})
     return "".join(
         f"{line}\n"
         for line in (
             f'"""{title}\n',
-            f"Sums over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in layout if letter in letters)}; "
-            f"computed in {value}, blocks summed in float64.",
+            *wrapped(f"Sums over {table}; computed in {value}, blocks summed in float64."),
             f"context: addresses of the table of data pointers [tensor, {len(columns)}], of each tensor's row, of the",
-            f'rows of scalars ({", ".join(scalars)}), of all chunks\' sums, and of each tensor\'s first chunk.\n"""\n',
+            *wrapped(f"rows of scalars ({', '.join(scalars)}), of all chunks' sums, and of each tensor's first chunk."),
+            '"""\n',
             "import numpy as np",
             "from numba import carray, cfunc, float32, float64, int8, int32, int64, uint8, uint16, void\n",
             f"from schuss.engine.native import *  # digest {native_digest()}\n\n",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from schuss.engine.numba_kernel import ROW, Role, Totals, constants, native_digest, random_keys, scalars_row, taken
 from schuss.engine.stages import Domain, Sums
 from schuss.engine.storage import BLOCK, Layout, compute_dtype, slots
-from schuss.engine.text import call, dtype_name, indented, safe_names
+from schuss.engine.text import call, dtype_name, indented, listed, safe_names, wrapped
 from schuss.engine.trace import Formula, to_source, used
 
 TABLES = (
@@ -79,7 +79,7 @@ def rows_source(
     once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars) if name in read]
     if stored and layout["p"].stochastic:
         once += random_keys(names["step"])
-    table = ", ".join(f"{names[n]}: {storage}" for n, storage in layout.items() if n in read or n in stored)
+    table = listed({names[n]: storage for n, storage in layout.items() if n in read or n in stored})
     of_block, add, end_block = (totals.of_block, totals.add, totals.end_block) if totals else ([], [], [])
     loop = [
         f"n = min({BLOCK}, width - block)",
@@ -92,11 +92,13 @@ def rows_source(
     loop = [*of_line, f"for block in range(0, width, {BLOCK}):", *indented(loop), *at_end]
     text = [
         f'"""{title}\n',
-        f"One pass over {table}, row by row; computed in {value}.",
+        *wrapped(f"One pass over {table}, row by row; computed in {value}."),
         "context: addresses of",
         *(f"    {what}{'.' if what == TABLES[-1] else ';'}" for what in TABLES),
-        f"Roles: {', '.join(f'{names[n]} {part}' for n, part in columns)}. Scalars: {', '.join(scalars) or 'none'}.",
-        f"Numbers of rows and columns: {', '.join(vectors) or 'none'}.\n" + '"""\n',
+        *wrapped(f"Roles: {', '.join(f'{names[n]} {part}' for n, part in columns)}."),
+        *wrapped(f"Scalars: {', '.join(scalars) or 'none'}."),
+        *wrapped(f"Numbers of rows and columns: {', '.join(vectors) or 'none'}."),
+        '"""\n',
         "import numpy as np",
         "from numba import carray, cfunc, float32, float64, int32, int64, uint16, void\n",
         f"from schuss.engine.native import *  # digest {native_digest()}\n\n",

@@ -52,7 +52,8 @@ class Update:
 
     def tell(self, k: int, sums: list[Any]) -> None:
         """Take over the sums over all tensors."""
-        self._values.known |= zip(self._stages.levels[k].everywhere, sums, strict=True)
+        there = [torch.as_tensor(number, dtype=torch.float64, device=self.g.device) for number in sums]
+        self._values.known |= zip(self._stages.levels[k].everywhere, there, strict=True)
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Write the new parameter and states into their cells; returns the new numbers by letter."""
@@ -61,7 +62,7 @@ class Update:
         if self.g.layout != torch.strided:
             rows = _Rows(there, self.g.coalesce())
             there = rows.parts
-        inputs, others = self._inputs(there, self.g if rows is None else rows.g)
+        inputs, others = self._whole if rows is None else self._inputs(there, rows.g)
         if self.sums_everywhere:
             new = {letter: self._values(node) for letter, node in self._formula[0]}
         else:
@@ -69,8 +70,11 @@ class Update:
             states = {letter: inputs.get(letter) for letter in self.states}
             states |= {letter: others[letter] for letter in self.rule.number_states}
             new = apply(self.rule.formula, self.pieces, inputs["p"], inputs["g"], states, others | flags)
+        own = {id(value): letter for letter, value in inputs.items()}
+        # What was another role's value must outlive the writing of that role.
+        moved = {n: new[n].clone() for n in there if own.get(id(new[n]), n) != n}
         for letter, cell in there.items():
-            cell.write(new[letter])
+            cell.write(moved.get(letter, new[letter]))
         if rows is not None:
             rows.put_back()
         return {letter: new[letter] for letter in self.rule.number_states}
@@ -102,9 +106,12 @@ class Update:
         return cut(formula, scalars, self.rule.domains())
 
     @cached_property
+    def _whole(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return self._inputs({"p": self.p, **{n: s for n, s in self.states.items() if s is not None}}, self.g)
+
+    @cached_property
     def _values(self) -> Values:
-        there = {"p": self.p, **{n: s for n, s in self.states.items() if s is not None}}
-        inputs, others = self._inputs(there, self.g)
+        inputs, others = self._whole
         return Values(inputs | others)
 
 

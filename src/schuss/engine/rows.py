@@ -12,7 +12,7 @@ from schuss.engine.bucket import Array, CpuBucket, sizes_of
 from schuss.engine.numba_rows import TABLES, rows_source
 from schuss.engine.stages import SUMS, Domain, Level, Sums, Values
 from schuss.engine.storage import Layout, compute_dtype
-from schuss.engine.trace import Formula
+from schuss.engine.trace import Expr, Formula
 
 STRETCH = 2**16
 """Elements that one kernel call goes through, about: whole rows, and whole matrices if they are small."""
@@ -72,8 +72,8 @@ class RowsBucket(CpuBucket):
             for tensor, first, rows, _ in units
             for k in range(-(-rows // height))
         ]
-        self._blocks, self._first_block = block, np.searchsorted(matrix_of, np.unique(matrix_of))
-        self._matrices_with_blocks = np.unique(matrix_of)
+        self._matrices_with_blocks = np.unique(np.array(matrix_of, np.int64))
+        self._blocks, self._first_block = block, np.searchsorted(matrix_of, self._matrices_with_blocks)
 
     def _context(self, *outputs: Array) -> Array:
         matrices, height, width = self._dimensions
@@ -125,11 +125,11 @@ class RowsBucket(CpuBucket):
             total[self._tensors_with_units] = np.add.reduceat(sums[:, k], self._first_unit)
             results["dot"].append(self._as_numbers(total))
         for rows in of_rows:
-            results["row_mean"].append(torch.from_numpy(rows / width).view(count, *batch, height, 1))
+            results["row_mean"].append(torch.from_numpy(rows / max(width, 1)).view(count, *batch, height, 1))
         for columns in of_columns:
             total = np.zeros((count * matrices, width))
             total[self._matrices_with_blocks] = np.add.reduceat(columns, self._first_block, axis=0, dtype=np.float64)
-            results["column_mean"].append(torch.from_numpy(total / height).view(count, *batch, 1, width))
+            results["column_mean"].append(torch.from_numpy(total / max(height, 1)).view(count, *batch, 1, width))
         return [*results["dot"], *results["row_mean"], *results["column_mean"]]
 
     def _take(self, names: Sequence[str]) -> None:
@@ -138,8 +138,7 @@ class RowsBucket(CpuBucket):
         for name in names:
             value = self._values(stages.between[name])
             if name not in stages.vectors:
-                flat = torch.as_tensor(value, dtype=torch.float64).expand(len(self.params), *[1] * self.params[0].dim())
-                self._table[:, stages.scalars.index(name)] = flat.reshape(-1).numpy()
+                self._table[:, stages.scalars.index(name)] = self._flat(value)
                 continue
             sides = (1, width) if stages.vectors[name] == Domain.COLUMNS else (height, 1)
             vector = value.expand(len(self.params), *self.params[0].shape[:-2], *sides).to(dtype).contiguous()
@@ -148,5 +147,20 @@ class RowsBucket(CpuBucket):
             step = vector[0].numel() * vector.element_size()
             self._beside[:, k] = vector.data_ptr() + np.arange(len(self.params)) * step
 
+    def _take_outside(self, nodes: Mapping[str, Expr]) -> None:
+        numbers = {letter: node for letter, node in nodes.items() if letter in self._rule.number_states}
+        for letter, node in numbers.items():
+            k = self._scalar_names.index(self._rule.number_states[letter])
+            self._new[:, k] = self._flat(self._values(node))
+        super()._take_outside({letter: node for letter, node in nodes.items() if letter not in numbers})
+
+    def _flat(self, numbers: Any) -> Array:
+        """A number of each tensor, as an array."""
+        flat = torch.as_tensor(numbers, dtype=torch.float64).expand(len(self.params), *[1] * self.params[0].dim())
+        return flat.reshape(-1).numpy()
+
     def _over_tensors(self, numbers: Any) -> float:
-        return super()._over_tensors(numbers.reshape(-1).numpy())
+        return super()._over_tensors(self._flat(numbers))
+
+    def _here(self, number: Any) -> Any:
+        return torch.as_tensor(number, dtype=torch.float64)

@@ -225,9 +225,9 @@ class _Cut:
 
 
 def is_staged(formula: Formula) -> bool:
-    """Whether a formula needs more than one pass, or numbers of the tensor's shape."""
+    """Whether a formula needs more than one pass, or numbers of the tensor's shape, or has new ones that it keeps."""
     found = (*SUMS, *MEANS, *SIZES, "everywhere")
-    return any(node.op in found or isinstance(node.op, MatrixCall) for node in used(formula.outputs.values()))
+    return not {*formula.outputs} <= {*formula.inputs} or any(node.op in found or isinstance(node.op, MatrixCall) for node in used(formula.outputs.values()))
 
 
 def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Domain] | None = None) -> Stages:
@@ -239,15 +239,17 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
         domains_of: what the inputs have a value for; None: all of them for each element.
 
     Raises:
-        TypeError: a sum of something that is no tensor.
+        TypeError: a sum of something that is no tensor, or a new state that has more values than the state.
     """
     inputs = {name: Domain.ELEMENTS for name in formula.inputs} | dict(domains_of or {})
     domains: dict[Expr, Domain] = {}
     levels: dict[Expr, int] = {}
+    summed: dict[Expr, int] = {}  # the last pass that sums over all tensors follow
     staged: set[Expr] = set()
     for node in used(formula.outputs.values()):  # arguments come before their users
         of = Domain.join(domains[arg] for arg in node.args)
         domain, level, is_sum = of, max((levels[arg] for arg in node.args), default=0), node.op in (*SUMS, *MEANS)
+        summed[node] = max((summed[arg] for arg in node.args), default=0)
         if node.op == "name":
             domain = inputs.get(node.value, Domain.NUMBER)
         elif is_sum or node.op in SIZES:
@@ -264,7 +266,7 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
         elif node.op == "everywhere":
             if of != Domain.NUMBER:
                 raise TypeError("everywhere() is about a number of each tensor, such as a dot(); it got a tensor")
-            level = max(level, 1)
+            level = summed[node] = max(level, summed[node] + 1)
         elif of == Domain.MATRIX and any(domains[arg] not in (of, Domain.NUMBER) for arg in node.args):
             raise TypeError("square matrices beside a parameter are computed with numbers and each other alone")
         if is_sum or node.op in (*SIZES, "everywhere") or domain.is_vector or any(arg in staged for arg in node.args):
@@ -314,7 +316,15 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
         dc.replace(level, sums=level.sums and dc.replace(level.sums, scalars=complete, vectors=vectors))
         for level in passes
     ]
-    outside = {letter: node for letter, node in formula if letter not in elements and node.op != "name"}
+    outside = {
+        letter: node
+        for letter, node in formula
+        if letter not in elements and not (node.op == "name" and node.value == letter)
+    }
+    for letter, node in outside.items():
+        own = inputs.get(letter, Domain.NUMBER)
+        if domains[node] not in _FITS.get(own, (own, Domain.NUMBER)):
+            raise TypeError(f"the new {letter} has a value for {_EACH[domains[node]]}; the state has {_HAS[own]}")
     sizes = tuple(node for node in nodes if node.op in SIZES and domains[node.args[0]] == Domain.ELEMENTS)
     return Stages(tuple(passes), final, complete, between, vectors, outside, sizes)
 
@@ -327,4 +337,18 @@ def _column_mean(of: Domain) -> Domain:
     return {Domain.ELEMENTS: Domain.COLUMNS, Domain.ROWS: Domain.BATCH}.get(of, of)
 
 
+_FITS = {side: (side, Domain.BATCH, Domain.NUMBER) for side in (Domain.ROWS, Domain.COLUMNS)}
+_EACH = {
+    Domain.BATCH: "each matrix",
+    Domain.ROWS: "each row",
+    Domain.COLUMNS: "each column",
+    Domain.ELEMENTS: "each element",
+    Domain.MATRIX: "each element of a square matrix",
+}
+_HAS = {
+    Domain.NUMBER: "one for the tensor",
+    Domain.ROWS: "one for each row",
+    Domain.COLUMNS: "one for each column",
+    Domain.MATRIX: "those of a square matrix",
+}
 _MEANS = {"row_mean": _row_mean, "column_mean": _column_mean}

@@ -1,9 +1,12 @@
 """What the texts of CPU and GPU kernels have in common."""
 
 import re
-from collections.abc import Collection, Sequence
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+
+from schuss.engine.storage import Storage
 
 
 def call(word: str, args: Sequence[str]) -> str:
@@ -14,6 +17,22 @@ def call(word: str, args: Sequence[str]) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as it is written without torch."""
     return str(dtype).removeprefix("torch.")
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """A sentence, or a statement with brackets, in lines of a readable length.
+
+    Args:
+        text: in one line; a no-break space keeps together what belongs together, and is written as a space.
+        indent: before all lines but the first.
+    """
+    lines = textwrap.wrap(text, 108, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def listed(stored: Mapping[str, Storage]) -> str:
+    """What is stored, and as what, for `wrapped`: `p: float32, g: float32`."""
+    return ", ".join(f"{name}: {storage}".replace(" ", "\xa0") for name, storage in stored.items())
 
 
 def indented(statements: Sequence[str]) -> list[str]:

@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +26,7 @@ import torch
 from schuss.engine import cache as code_cache
 from schuss.engine.stages import Sums
 from schuss.engine.storage import BLOCK, MAPS, Layout, Storage, compute_dtype, slots, traced
-from schuss.engine.text import call, dtype_name, indented, safe_names
+from schuss.engine.text import call, dtype_name, indented, listed, safe_names, wrapped
 from schuss.engine.trace import Expr, Formula, to_source, used
 
 NUM_WARPS = 8
@@ -97,14 +96,15 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
     stream = ["stream = tl.load(streams + tensor)"] if stochastic else []
     stream += [f"{key} = stream_key(stream >> {32 * k}, {names['step']})" for k, key in enumerate(keys)]
     factor = ["if factor is not None:", f"    {names['gain']} *= tl.load(factor)"] if "gain" in scalars else []
-    table = ", ".join(f"{names[letter]}: {storage}" for letter, storage in layout.items())
+    table = listed({names[letter]: storage for letter, storage in layout.items()})
     return "".join(
         f"{line}\n"
         for line in (
             f'"""{title}\n',
-            f"One pass over {table}; computed in {value}.",
+            *wrapped(f"One pass over {table}; computed in {value}."),
             "A program updates the chunk of a tensor that its row of work names. Columns of addresses:",
-            f"{', '.join(c.name for c in columns)}; of the table of scalars: {', '.join(scalars)}.\n" + '"""\n',
+            *wrapped(f"{', '.join(c.name for c in columns)}; of the table of scalars: {', '.join(scalars)}."),
+            '"""\n',
             "import triton",
             "import triton.language as tl\n",
             f"from schuss.engine.triton_words import *  # digest {_words_digest()}\n\n",
@@ -130,7 +130,7 @@ def kernel_source(title: str, formula: Formula, scalars: tuple[str, ...], layout
                     *(f"{names[name]} = tl.load(row + {k})" for k, name in enumerate(scalars)),
                     *factor,
                     *stream,
-                    f"if (start + CHUNK <= size) & (({' | '.join(addresses)}) % 16 == 0):",
+                    *_whole_chunks(addresses),
                     *indented(_wrapped("update(", [*arguments, "True", "CHUNK"], ")")),
                     "else:  # in tiles, since masks of a whole chunk would take registers from the path above",
                     "    end = tl.minimum(size, start + CHUNK)",
@@ -166,13 +166,13 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
     products = [" * ".join(f"({new[output]}).to(tl.float64)" for output in term) for term in sums.terms]
     maps = dict.fromkeys(s.dtype for letter, s in layout.items() if letter in letters and s.blockwise)
     scaled = any(name == "gain" for _, name in wanted)
+    table = listed({names[letter]: storage for letter, storage in layout.items() if letter in letters})
     factor = ["if factor is not None:", f"    {names['gain']} *= tl.load(factor)"] if scaled else []
     return "".join(
         f"{line}\n"
         for line in (
             f'"""{title}\n',
-            f"Sums over {', '.join(f'{names[letter]}: {layout[letter]}' for letter in layout if letter in letters)}; "
-            f"computed in {value}, summed in float64.",
+            *wrapped(f"Sums over {table}; computed in {value}, summed in float64."),
             'A program sums the chunk of a tensor that its row of work names.\n"""\n',
             "import triton",
             "import triton.language as tl\n",
@@ -203,7 +203,7 @@ def sum_source(title: str, sums: Sums, layout: Layout, value: str | None = None)
                     *([f"row = table + tl.load(row_of + tensor).to(tl.int64) * {len(scalars)}"] if wanted else []),
                     *(f"{names[name]} = tl.load(row + {k})" for k, name in wanted),
                     *factor,
-                    f"if (start + CHUNK <= size) & (({' | '.join(addresses)}) % 16 == 0):",
+                    *_whole_chunks(addresses),
                     *indented(_wrapped("update(", [*arguments, "True", "CHUNK"], ")")),
                     "else:",
                     *indented(_wrapped("update(", [*arguments, "False", "CHUNK"], ")")),
@@ -345,9 +345,13 @@ def _constant(value: str, number: float) -> str:
 
 
 def _wrapped(head: str, arguments: Sequence[str], tail: str) -> list[str]:
-    """A call or a signature in lines of a readable length; a no-break space keeps together what belongs together."""
-    lines = textwrap.wrap(f"{head}{', '.join(arguments)}{tail}", 108, subsequent_indent="    ")
-    return [line.replace("\xa0", " ") for line in lines]
+    """A call or a signature in lines of a readable length."""
+    return wrapped(f"{head}{', '.join(arguments)}{tail}", "    ")
+
+
+def _whole_chunks(addresses: Sequence[str]) -> list[str]:
+    """The condition that a program's chunk is a whole one, and every array aligned."""
+    return wrapped(f"if (start + CHUNK <= size) & (({' | '.join(addresses)}) % 16 == 0):", "        ")
 
 
 @cache

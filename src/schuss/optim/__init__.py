@@ -40,7 +40,9 @@ from schuss.optim.schedule_free import ScheduleFreeAdamW as ScheduleFreeAdamW
 from schuss.optim.schedule_free import ScheduleFreeRAdam as ScheduleFreeRAdam
 from schuss.optim.schedule_free import ScheduleFreeSGD as ScheduleFreeSGD
 from schuss.optim.sgd import SGD as SGD
+from schuss.optim.shampoo import Shampoo as Shampoo
 from schuss.optim.signum import Signum as Signum
+from schuss.optim.soap import SOAP as SOAP
 from schuss.optim.sparse_adam import SparseAdam as SparseAdam
 from schuss.optim.stable_adamw import StableAdamW as StableAdamW
 from schuss.optimizer import Optimizer as _Rule
@@ -56,7 +58,7 @@ RULES: tuple[type[_Rule], ...] = (
     NAdamW, AdaBelief, Adan, AdEMAMix, LaProp, Signum,
     ScheduleFreeSGD, ScheduleFreeAdamW, ScheduleFreeRAdam,
     LARS, LAMB, StableAdamW, MARS, Prodigy,
-    Adafactor, Muon, NorMuon,
+    Adafactor, Muon, NorMuon, SOAP, Shampoo,
 )  # fmt: skip
 """The optimizers of schuss: `schuss list` shows them, and every generic test runs on each."""
 
@@ -64,10 +66,10 @@ OF_ANOTHER_KIND: tuple[type[_Rule], ...] = (SparseAdam, LBFGS)
 """Those that dense gradients do not drive: one needs sparse ones, one a closure. `schuss list` shows them, too."""
 
 __all__ = [
-    "ADOPT", "ASGD", "LAMB", "LARS", "LBFGS", "MARS", "SGD", "AdEMAMix", "AdaBelief", "Adadelta", "Adafactor",
+    "ADOPT", "ASGD", "LAMB", "LARS", "LBFGS", "MARS", "SGD", "SOAP", "AdEMAMix", "AdaBelief", "Adadelta", "Adafactor",
     "Adagrad", "Adam", "AdamW", "Adamax", "Adan", "LaProp", "Lion", "Muon", "NAdam", "NAdamW", "NorMuon",
     "Optimizer", "Prodigy", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "ScheduleFreeSGD",
-    "Signum", "SparseAdam", "StableAdamW", "lr_scheduler", "swa_utils",
+    "Shampoo", "Signum", "SparseAdam", "StableAdamW", "lr_scheduler", "swa_utils",
 ]  # fmt: skip
 __all__ += [name for name in torch.optim.__all__ if name not in __all__]
 

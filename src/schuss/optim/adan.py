@@ -20,13 +20,12 @@ class Adan(Optimizer):
             \left(\frac{m}{1 - \beta_1^t} + \frac{\beta_2 v}{1 - \beta_2^t}\right)\right)
 
     The first difference is zero. Each β is 1 minus the paper's, as in the authors' code, which has also added the bias
-    corrections; and it calls the third of its `betas` what is `beta3` here.
+    corrections.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups as dicts.
         lr: learning rate γ, in [0, inf). The authors use 5 to 10 times AdamW's.
-        betas: decay rates β₁ of the gradients and β₂ of their differences, each in [0, 1).
-        beta3: decay rate β₃ of the squares, in [0, 1).
+        betas: decay rates β₁ of the gradients, β₂ of their differences and β₃ of the squares, each in [0, 1).
         eps: added to the root, in [0, inf).
         weight_decay: λ, in [0, inf), decoupled; the authors use 0.02 throughout.
         no_prox: decay as AdamW does, p multiplied by 1 - γ λ before the step, instead of divided by 1 + γ λ after it.
@@ -41,8 +40,7 @@ class Adan(Optimizer):
 
     bounds = {
         "lr": "[0, inf)",
-        "betas": ("[0, 1)", "[0, 1)"),
-        "beta3": "[0, 1)",
+        "betas": ("[0, 1)", "[0, 1)", "[0, 1)"),
         "eps": "[0, inf)",
         "weight_decay": "[0, inf)",
     }
@@ -53,8 +51,7 @@ class Adan(Optimizer):
         self,
         params: ParamsT,
         lr: Number = 1e-3,
-        betas: tuple[float, float] = (0.98, 0.92),
-        beta3: float = 0.99,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0,
         no_prox: bool = False,
@@ -66,14 +63,14 @@ class Adan(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = dict(
-            lr=lr, betas=betas, beta3=beta3, eps=eps, weight_decay=weight_decay, no_prox=no_prox, maximize=maximize,
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, no_prox=no_prox, maximize=maximize,
             foreach=foreach, capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
         super().__init__(params, defaults, **options)
 
     @staticmethod
-    def scalars(step, first, lr, betas, beta3, weight_decay):
-        beta1, beta2 = betas
+    def scalars(step, first, lr, betas, weight_decay):
+        beta1, beta2, beta3 = betas
         return {
             "later": where(first, 0.0, 1.0),
             "w1": 1 - beta1,

@@ -2,17 +2,12 @@
 
 from typing import Unpack
 
-import numpy as np
-import torch
 from torch.optim.optimizer import ParamsT
 
-from schuss.formula import lerp, minimum, sqrt, where, word
+from schuss.formula import exp, lerp, log, minimum, sqrt, where
 from schuss.optim.adam import Adam
 from schuss.optimizer import Number, Optimizer, Options
 from schuss.rule import State
-
-exp = word(torch.exp, np.exp)
-log = word(torch.log, np.log)
 
 
 class AdEMAMix(Optimizer):
@@ -29,15 +24,14 @@ class AdEMAMix(Optimizer):
     that its half-life does so linearly, ln β₃(t) = 1 / ((1 - t/T) / ln β₁ + t/T / ln β₃); each has a T of its own.
     Without these schedules a large α makes early steps diverge: they tend to 1 + α times γ.
 
-    The authors' code calls the third of its `betas` what is `beta3` here. Simplified-AdEMAMix (Morwani et al. 2025,
-    arXiv:2502.02431) with a constant β₁ = β and its α = a > 0 is this rule with betas (0, β₂), beta3 β, alpha
-    1 / (a (1 - β)), lr aγ and weight_decay λ / a.
+    Simplified-AdEMAMix (Morwani et al. 2025, arXiv:2502.02431) with a constant β₁ = β and its α = a > 0 is this rule
+    with betas (0, β₂, β), alpha 1 / (a (1 - β)), lr aγ and weight_decay λ / a.
 
     Args:
         params: tensors, (name, tensor) pairs, or groups as dicts.
         lr: learning rate γ, in [0, inf).
-        betas: decay rates β₁ of the fast average and β₂ of the squares, each in [0, 1).
-        beta3: decay rate β₃ of the slow average, in [0, 1); at the end of its schedule.
+        betas: decay rates β₁ of the fast average, β₂ of the squares and, at the end of its schedule, β₃ of the slow
+            average, each in [0, 1).
         alpha: weight α of the slow average, in [0, inf); at the end of its schedule. The authors' example has 8.
         beta3_warmup, alpha_warmup: lengths T of the schedules in steps, in [0, inf), or None: none. The authors take
             the whole training.
@@ -55,8 +49,7 @@ class AdEMAMix(Optimizer):
 
     bounds = {
         "lr": "[0, inf)",
-        "betas": ("[0, 1)", "[0, 1)"),
-        "beta3": "[0, 1)",
+        "betas": ("[0, 1)", "[0, 1)", "[0, 1)"),
         "alpha": "[0, inf)",
         "beta3_warmup": "None or [0, inf)",
         "alpha_warmup": "None or [0, inf)",
@@ -75,8 +68,7 @@ class AdEMAMix(Optimizer):
         self,
         params: ParamsT,
         lr: Number = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        beta3: float = 0.9999,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9999),
         alpha: float = 2.0,
         beta3_warmup: float | None = None,
         alpha_warmup: float | None = None,
@@ -90,20 +82,21 @@ class AdEMAMix(Optimizer):
         **options: Unpack[Options],
     ) -> None:
         defaults = dict(
-            lr=lr, betas=betas, beta3=beta3, alpha=alpha, beta3_warmup=beta3_warmup, alpha_warmup=alpha_warmup,
-            eps=eps, weight_decay=weight_decay, maximize=maximize, foreach=foreach, capturable=capturable,
+            lr=lr, betas=betas, alpha=alpha, beta3_warmup=beta3_warmup, alpha_warmup=alpha_warmup, eps=eps,
+            weight_decay=weight_decay, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable,
         )  # fmt: skip
         super().__init__(params, defaults, **options)
 
     @staticmethod
-    def scalars(step, lr, betas, beta3, alpha, beta3_warmup, alpha_warmup):
+    def scalars(step, lr, betas, alpha, beta3_warmup, alpha_warmup):
+        beta1, beta2, beta3 = betas
         # None arrives as NaN, and no step is below it.
         share = step / beta3_warmup
-        grown = exp(1 / ((1 - share) / log(betas[0]) + share / log(beta3)))
+        grown = exp(1 / ((1 - share) / log(beta1) + share / log(beta3)))
         now = where(step < beta3_warmup, minimum(grown, beta3), beta3)
         weight = alpha * where(step < alpha_warmup, step / alpha_warmup, 1.0)
-        return {**Adam.scalars(step, lr, betas), "w3": 1 - now, "slow_size": lr * weight}
+        return {**Adam.scalars(step, lr, (beta1, beta2)), "w3": 1 - now, "slow_size": lr * weight}
 
     @staticmethod
     def rule(p, g, m1, m2, v, w1, beta2, w2, w3, step_size, slow_size, c2, eps):

@@ -202,14 +202,13 @@ def _coefficients(owner: str, given: Any, steps: int) -> tuple[tuple[float, floa
         if given not in PRESETS:
             raise ValueError(f"{owner}: ns_coefficients are no preset of coefficients: {nearest(given, PRESETS)}")
         given = PRESETS[given]
-    if isinstance(given, Sequence) and len(given) and isinstance(given[0], Sequence):
-        triples = [tuple(map(float, triple)) for triple in given]
-        triples += triples[-1:] * (steps - len(triples))
-    else:
-        triples = [tuple(map(float, given))] * max(steps, 1)
-    if any(len(triple) != 3 for triple in triples):
+    several = isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Sequence)
+    try:
+        triples = [(float(a), float(b), float(c)) for a, b, c in (given if several else [given])]
+    except (TypeError, ValueError):
         raise ValueError(
             f"{owner}: ns_coefficients must be three numbers, or such triples, or one of {', '.join(PRESETS)}, "
             f"got {given!r}"
-        )
-    return tuple((a, b, c) for a, b, c in triples[:steps])
+        ) from None
+    triples += triples[-1:] * (steps - len(triples))
+    return tuple(triples[:steps])

@@ -1,0 +1,199 @@
+"""SOAP."""
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+import torch
+from torch.optim.optimizer import ParamsT
+
+from schuss.engine.process import uninterrupted
+from schuss.engine.state import Cell, find
+from schuss.formula import lerp, mean_square, sqrt, where
+from schuss.matrices import kronecker
+from schuss.optim._preconditioned import WORDS, Precision, Preconditioned, of_side
+from schuss.optimizer import Number, Options
+from schuss.rule import State
+
+
+class SOAP(Preconditioned):
+    r"""Adam in the eigenbasis of Shampoo's preconditioners. For matrices; other tensors take Adam itself.
+
+    .. math::
+        g' = Q_L^T g\, Q_R, \qquad
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g', \qquad v \leftarrow \beta_2 v + (1 - \beta_2) g'^2 \\
+        p &\leftarrow p - \gamma\, Q_L \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} Q_R^T \\
+        L &\leftarrow \beta_3 L + (1 - \beta_3) g g^T, \qquad R \leftarrow \beta_3 R + (1 - \beta_3) g^T g
+
+    :math:`Q_L` and :math:`Q_R` are the eigenvectors of L and R: found at the first step, which does nothing else and is
+    not counted in t, and brought closer by one power iteration and a QR decomposition after every
+    `precondition_frequency`-th step. Its columns are put in the order of their eigenvalues before, and v with them; m
+    is turned into the new basis.
+
+    A tensor of more than two dimensions is a matrix with a row for each element of its first one. Sides of length 1, or
+    longer than `max_precond_dim`, and complex tensors get no basis.
+
+    `optimizer.fallbacks` counts how often a basis had to be kept because its L or R had NaN or infinity in it, or
+    because its eigenvectors were not found.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or groups as dicts.
+        lr: learning rate γ, in [0, inf).
+        betas: decay rates of the moments, each in [0, 1).
+        shampoo_beta: decay rate β₃ of L and R, in [0, 1); None: betas[1].
+        eps: added to the root, in [0, inf).
+        weight_decay: λ, decoupled, in [0, inf).
+        precondition_frequency: steps between two bases, in [1, inf).
+        max_precond_dim: the longest side that gets a basis, in [0, inf).
+        precondition_1d: whether vectors get one, too.
+        normalize_grads: divide the update of each tensor by the root of its mean square. For bases that are renewed
+            every hundred steps, say.
+        correct_bias: divide the moments by 1 - βᵗ.
+        precision: None for products of matrices in what is computed in, float32 or float64; or "bfloat16", which takes
+            less than half the time, and loses what is a thousand times smaller than the rest of a gradient.
+        foreach, maximize: as in torch.optim.
+        capturable: must be False: the host renews the bases.
+        options: see `schuss.Options`. Of the states, L, R and the bases stay float32 at least.
+
+    Raises:
+        ValueError: a hyperparameter out of its bounds; capturable=True.
+
+    Source: Vyas et al. 2024, arXiv:2409.11321.
+    """
+
+    bounds = {
+        "lr": "[0, inf)",
+        "betas": ("[0, 1)", "[0, 1)"),
+        "shampoo_beta": "None or [0, 1)",
+        "eps": "[0, inf)",
+        "weight_decay": "[0, inf)",
+        "precondition_frequency": "[1, inf)",
+        "max_precond_dim": "[0, inf)",
+    }
+    states = {
+        "m": "exp_avg",
+        "v": State("exp_avg_sq", nonnegative=True),
+        "left": State("left_moment", when=of_side(0), wide=True, like="left"),
+        "right": State("right_moment", when=of_side(1), wide=True, like="right"),
+        "left_basis": State("left_basis", when=of_side(0), wide=True, like="left"),
+        "right_basis": State("right_basis", when=of_side(1), wide=True, like="right"),
+    }
+    choices = ("precision",)
+    decay = "decoupled"
+    source = "Vyas et al. 2024, arXiv:2409.11321"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Number = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        correct_bias: bool = True,
+        *,
+        precision: Precision = None,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = dict(
+            lr=lr, betas=betas, shampoo_beta=shampoo_beta, eps=eps, weight_decay=weight_decay,
+            precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim,
+            precondition_1d=precondition_1d, normalize_grads=normalize_grads, correct_bias=correct_bias,
+            precision=precision, foreach=foreach, maximize=maximize,
+        )  # fmt: skip
+        super().__init__(params, defaults, capturable=capturable, **options)
+
+    @staticmethod
+    def scalars(step, first, lr, betas, shampoo_beta, weight_decay, decoupled):
+        beta1, beta2 = betas
+        keep = where(shampoo_beta == shampoo_beta, shampoo_beta, beta2)  # None arrives as NaN
+        return {
+            "moves": where(first, 0.0, 1.0),
+            "w1": 1 - beta1,
+            "beta2": beta2,
+            "w2": 1 - beta2,
+            "c1": 1 / (1 - beta1 ** (step - 1)),
+            "c2": 1 / sqrt(1 - beta2 ** (step - 1)),
+            "keep": keep,
+            "weight": 1 - keep,
+            "decay": where(first, 1.0, 1 - lr * weight_decay * decoupled),
+        }
+
+    @staticmethod
+    def rule(
+        p, g, m, v, left, right, left_basis, right_basis, moves, lr, w1, beta2, w2, c1, c2, eps, keep, weight,
+        normalize_grads, correct_bias, precision,
+    ):  # fmt: skip
+        words = WORDS[precision]
+        rotated = left_basis is not None or right_basis is not None
+        x = words.rotate(g, left_basis, right_basis) if rotated else g
+        m = where(moves > 0, lerp(m, x, w1), m)
+        v = where(moves > 0, beta2 * v + w2 * (x * x), v)
+        u = c1 * m / (sqrt(v) * c2 + eps) if correct_bias else m / (sqrt(v) + eps)
+        if rotated:
+            u = words.rotate_back(u, left_basis, right_basis)
+        if normalize_grads:
+            u = u / (sqrt(mean_square(u)) + 1e-30)
+        p = where(moves > 0, p - lr * u, p)
+        if left is not None:
+            left = words.left_moment(g, left, keep, weight)
+        if right is not None:
+            right = words.right_moment(g, right, keep, weight)
+        return p, m, v, left, right, left_basis, right_basis
+
+    def _renew(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> None:
+        if step > 1 and (step - 1) % int(group["precondition_frequency"]):
+            return
+        kept = self.state[p]
+        bases: dict[str, torch.Tensor] = {}
+        turns: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for side in ("left", "right"):
+            moment, basis = kept.get(f"{side}_moment"), kept.get(f"{side}_basis")
+            if moment is None or basis is None:
+                continue
+            if not basis.any():
+                new = kronecker.eigenbasis(moment)
+                if new is None:
+                    self._keep(p, moment, "its basis is the identity until the next one")
+                    new = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+                bases[side] = new
+            elif (found := kronecker.next_basis(moment, basis)) is None:
+                self._keep(p, moment, "its basis stays as it was")
+            else:
+                bases[side], order = found
+                turns[side] = found[0].mT @ basis, order
+        moments = self._turned(p, group, turns) if turns else ()
+        with uninterrupted():  # moments and bases belong together
+            for cell, value in moments:
+                cell.write(value)
+            for side, basis in bases.items():
+                kept[f"{side}_basis"].copy_(basis)
+
+    def _turned(
+        self,
+        p: torch.Tensor,
+        group: Mapping[str, Any],
+        turns: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> list[tuple[Cell, torch.Tensor]]:
+        """The cells of m and v with their values in new bases.
+
+        Args:
+            p, group: the parameter and its group.
+            turns: side -> the turn from its old basis to its new one, and the order of the old basis in the new one.
+        """
+        m, v = (find(self.state[p], name) for name in ("exp_avg", "exp_avg_sq"))
+        assert m is not None
+        assert v is not None
+        (turn_l, order_l), (turn_r, order_r) = (turns.get(side, (None, None)) for side in ("left", "right"))
+        dtype = next(iter(turns.values()))[0].dtype
+        of_m, of_v = (cell.read(dtype).reshape(p.shape[0], -1) for cell in (m, v))
+        of_m = WORDS[group["precision"]].rotate_back(of_m, turn_l, turn_r)
+        of_v = of_v if order_l is None else of_v[order_l]
+        of_v = of_v if order_r is None else of_v[:, order_r]
+        return [(m, of_m.view(p.shape)), (v, of_v.view(p.shape))]
