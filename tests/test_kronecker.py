@@ -23,7 +23,7 @@ def symmetric(side: int, seed: int, values: np.ndarray | None = None) -> torch.T
     ("side", "block", "expected"),
     [(10, None, (1, 10)), (10, 10, (1, 10)), (10, 4, (3, 4)), (10, 6, (2, 5)), (11, 10, (2, 6)), (3, 1, (3, 1))],
 )
-def test_a_side_is_cut_into_blocks_as_equal_as_can_be(side: int, block: int | None, expected: tuple[int, int]) -> None:
+def test_a_side_is_cut_into_as_few_blocks_as_can_be(side: int, block: int | None, expected: tuple[int, int]) -> None:
     assert kronecker.cut(side, block) == expected
 
 

@@ -150,7 +150,7 @@ def step(optimizer: Any, params: Sequence[torch.Tensor], grads: Sequence[torch.T
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_bases_it_is_adamw_one_step_later(backend: str) -> None:
-    shapes = ((3,), (), (4, 1), (1, 4), (0, 3), (5, 7))
+    shapes = ((3,), (), (1, 1), (0, 3), (5, 7))
     ours, theirs = ([torch.nn.Parameter(randn(*s, seed=i)) for i, s in enumerate(shapes)] for _ in range(2))
     optimizer = optim.SOAP(
         [{"params": ours[:-1]}, {"params": ours[-1:], "max_precond_dim": 4}],

@@ -207,7 +207,7 @@ class Bucket(ABC):
             increment_version(self._updated)
             self._run(self._made.kernel)
             self._write_beside()
-        self._grads, self._matrices, self._new_beside = [], {}, {}
+        self._grads, self._matrices, self._new_beside, self._values = [], {}, {}, Values({})
 
     @torch.no_grad()
     def _write_beside(self) -> None:

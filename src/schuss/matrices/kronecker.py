@@ -1,8 +1,8 @@
 """Functions of matrices with a square matrix on either side: what SOAP and Shampoo keep of rows and of columns.
 
 Those that are words of rules take a batch, and go through it matrix by matrix on the CPU: so a matrix's result has the
-same bits whatever stands beside it. Long sides are cut into blocks, as equal as can be; a matrix then has a grid of
-them, row by row, and each block has square matrices of its own. What blocks lack at the edges is filled up with zeros.
+same bits whatever stands beside it. Long sides are cut into blocks of one length, the last one filled up with zeros; a
+matrix then has a grid of blocks, row by row, and each of them has square matrices of its own.
 """
 
 from typing import Any

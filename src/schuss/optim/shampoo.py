@@ -52,9 +52,9 @@ class Shampoo(Preconditioned):
     next step on; up to then a parameter takes the steps a. So it does where d is zero, and where there are no roots.
     If only one side has any, the power is -1/2.
 
-    Sides longer than `block_size` are cut into blocks, as equal as can be, each with an L and an R of its own; the
-    norms are of the whole tensor. A tensor of more than two dimensions is a matrix with a row for each element of its
-    first one. Sides of length 1, and complex tensors, get no roots.
+    Sides longer than `block_size` are cut into blocks, as few as can be and of one length, each with an L and an R of
+    its own; the norms are of the whole tensor. A tensor of more than two dimensions is a matrix with a row for each
+    element of its first one. Sides of length 1, and complex tensors, get no roots.
 
     `optimizer.fallbacks` counts how often roots had to be kept because their L or R had NaN or infinity in it, or
     because its eigenvectors were not found.
