@@ -67,7 +67,8 @@ def allowed(case: Case, storage: str) -> bool:
     """Whether a rule's states may be stored so: small differences decide in those that may not."""
     exact = case.name in ("Rprop", "ASGD", "AdEMAMix", "Prodigy") or case.kwargs.get("centered")
     wide = case.name.startswith("ScheduleFree")  # z is a place, as the parameter is
-    return not (storage == "int8" and exact) and not (storage != "float32" and wide)
+    # Kernels that go by rows do not load blocks of 8-bit codes.
+    return not (storage == "int8" and (exact or case.name == "NorMuon")) and not (storage != "float32" and wide)
 
 
 def cell(optimizer: torch.optim.Optimizer, p: torch.Tensor, name: str) -> Cell:
@@ -211,6 +212,8 @@ def check_steps(case: Case, storage: str, backend: str, steps: int = 4) -> None:
     """Each step computes what exact arithmetic computes from what is stored; new states are off by one rounding."""
     if case.name == "Rprop":  # its rate is the first value of a state, and exact in every storage then
         case = Case(case.name, case.kwargs | {"lr": 2.0**-7})
+    if case.accepts("precondition_frequency"):  # eigenvectors in float32 and in float64 are others; none are looked for
+        case = Case(case.name, case.kwargs | {"precondition_frequency": 100})
     trial = Trial(case, storage, backend)
     for step in range(steps):
         params, exact = exact_copy(case, trial)
@@ -221,6 +224,8 @@ def check_steps(case: Case, storage: str, backend: str, steps: int = 4) -> None:
         for i, (p, q) in enumerate(zip(params, trial.params, strict=True)):
             assert (q - p).abs().max() <= ARITHMETIC * p.abs().max(), f"parameter {i} after step {step}"
             for name, c in states(trial.optimizer, q).items():
+                if step == 0 and name in ("left_basis", "right_basis"):  # but for those that SOAP begins with
+                    continue
                 wanted = exact.state[p][name]
                 error = flat(c.read(torch.float64) - wanted).abs()
                 bound = storage_error(c, wanted) + ARITHMETIC * wanted.abs().max()

@@ -225,7 +225,8 @@ def test_the_sign_and_the_size_of_gradients(cls: type[Any], backend: str) -> Non
 def test_normuon_moves_as_far_as_muon(backend: str) -> None:
     """It gives the step another direction, not another length. In the first step all rows have the same length."""
     plain, normed = matrices(), matrices()
-    a, b = (cls(p, lr=0.1, weight_decay=0.0, backend=backend) for cls, p in zip(RULES, (plain, normed), strict=True))
+    a = optim.Muon(plain, lr=0.1, weight_decay=0.0, backend=backend)
+    b = optim.NorMuon(normed, lr=0.1, weight_decay=0.0, eps2=0.0, backend=backend)
     for step in range(4):
         for muon, normuon in zip(steps_of(a, plain, step), steps_of(b, normed, step), strict=True):
             assert normuon.norm().item() == pytest.approx(muon.norm().item(), rel=1e-9)
@@ -403,6 +404,21 @@ def test_momentum_in_fewer_bits(storage: str) -> None:
     for seed in range(1, 6):
         [a], [b] = steps_of(plain, params, seed), steps_of(small, others, seed)
     assert torch.sum(a * b) / (a.norm() * b.norm()) > 0.98
+
+
+def test_normuon_in_8_bits_takes_eager_torch() -> None:
+    """Blocks of 256 codes do not end where rows do. The plan says so, and its momentum is Muon's."""
+    params, others = matrices(torch.float32, [(80, 90)]), matrices(torch.float32, [(80, 90)])
+    small, plain = optim.NorMuon(params, state_dtype="int8"), optim.Muon(others, state_dtype="int8")
+    for seed in range(3):
+        steps_of(small, params, seed)
+        steps_of(plain, others, seed)
+    for key in ("momentum_buffer_codes", "momentum_buffer_absmax"):
+        assert_equal(small.state[params[0]][key], plain.state[others[0]][key])
+    assert small.state[params[0]]["second_momentum"].dtype == torch.float32
+    assert re.search(r"reference +means of rows beside 8-bit states", str(small.plan()))
+    with pytest.raises(ValueError, match=r"backend='numba' cannot update .*: means of rows beside 8-bit states"):
+        optim.NorMuon(matrices(torch.float32, [(80, 90)]), state_dtype="int8", backend="numba").plan()
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])

@@ -123,11 +123,11 @@ def kernels(
     optimizer, p = _example(cls, settings, dtype)
     rule, group = optimizer._rule, optimizer.param_groups[0]
     variant = rule.variant(group, p)
-    if (obstacle := missing_form(rule.needs(variant), backend, p)) is not None:
-        raise ValueError(f"{cls.__name__}: {backend} has no kernel: {obstacle}; use backend='numba'")
-    pieces = rule.pieces(rule.unpack(rule.numbers(group)))
     there = {n: rule.states[n] for n, exists in rule.letters(variant).items() if exists}
     states = {n: chosen(optimizer, p, state)[0] for n, state in there.items() if state.like == "p"}
+    if (obstacle := missing_form(rule.needs(variant), backend, p, states.values())) is not None:
+        raise ValueError(f"{cls.__name__}: {backend} has no kernel for {obstacle}; backend='reference' prints the rule")
+    pieces = rule.pieces(rule.unpack(rule.numbers(group)))
     layout = as_reals({"p": parameter_storage(optimizer, p), "g": Storage(p.dtype), **states})
     of_formula, of_sums = _texts(f"{cls.__module__}.{cls.__name__}", backend, "vectors" in rule.needs(variant))
     made, label = make(rule, variant, pieces, layout, of_formula, of_sums), cls.__name__.lower()
@@ -418,7 +418,7 @@ class _Product(sympy.Symbol):  # type: ignore[misc]
         return prettyForm(self.name)
 
     def _latex(self, printer: Any) -> str:
-        return self.name.replace("ᵀ", "^T")
+        return str(self.name).replace("ᵀ", "^T")
 
 
 _USV, _UV = _Product("U S Vᵀ", real=True), _Product("U Vᵀ", real=True)

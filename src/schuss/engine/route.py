@@ -1,6 +1,6 @@
 """Which back end updates a parameter, and why."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +8,8 @@ import torch
 
 from schuss.engine import numba
 from schuss.engine.numba_kernel import NUMBERS
-from schuss.engine.state import COMPENSATION, blocks, find, kept_by
-from schuss.engine.storage import MAPS, real
+from schuss.engine.state import COMPENSATION, blocks, chosen, find, kept_by
+from schuss.engine.storage import MAPS, Storage, real
 from schuss.engine.watch import significant_strides
 
 if TYPE_CHECKING:
@@ -104,7 +104,12 @@ def _obstacle(
     if not is_dense(p):
         return "reference", "view with gaps or overlaps"
     rule, kept = optimizer._rule, kept_by(optimizer, p)
-    if (why := missing_form(rule.needs(rule.variant(group, p)), compiler, p)) is not None:
+    storages = [
+        chosen(optimizer, p, s)[0] if (cell := find(kept, s.name)) is None else cell.storage
+        for s in rule.states.values()
+        if s.like == "p" and s.exists(group, p)
+    ]
+    if (why := missing_form(rule.needs(rule.variant(group, p)), compiler, p, storages)) is not None:
         return "reference", why
     cells = [cell for s in rule.states.values() if s.like == "p" and (cell := find(kept, s.name)) is not None]
     tensors = [*(cell.values for cell in cells), *([kept[COMPENSATION]] if COMPENSATION in kept else [])]
@@ -129,14 +134,16 @@ def _obstacle(
     return None
 
 
-def missing_form(needs: Collection[str], compiler: str, p: torch.Tensor) -> str | None:
-    """Why a compiler has no kernel for a formula."""
+def missing_form(needs: Collection[str], compiler: str, p: torch.Tensor, storages: Iterable[Storage]) -> str | None:
+    """Why a compiler has no kernel for a formula, given the parameter, and what its states are stored as."""
     if "vectors" in needs and compiler == "triton":
         return "means of rows and columns"
     if needs and not p.is_contiguous():
         return "rows and columns of a tensor whose rows do not lie one after the other"
     if needs and p.is_complex():
         return "rows and columns of a complex tensor"
+    if "vectors" in needs and any(storage.blockwise for storage in storages):
+        return "means of rows beside 8-bit states, whose blocks do not end where rows do"
     return None
 
 

@@ -227,7 +227,9 @@ class _Cut:
 def is_staged(formula: Formula) -> bool:
     """Whether a formula needs more than one pass, or numbers of the tensor's shape, or has new ones that it keeps."""
     found = (*SUMS, *MEANS, *SIZES, "everywhere")
-    return not {*formula.outputs} <= {*formula.inputs} or any(node.op in found or isinstance(node.op, MatrixCall) for node in used(formula.outputs.values()))
+    return not {*formula.outputs} <= {*formula.inputs} or any(
+        node.op in found or isinstance(node.op, MatrixCall) for node in used(formula.outputs.values())
+    )
 
 
 def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Domain] | None = None) -> Stages:

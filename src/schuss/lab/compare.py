@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from time import perf_counter
@@ -11,7 +11,6 @@ import torch
 
 from schuss.lab.candidate import Candidate
 from schuss.lab.workload import Workload
-from schuss.training.step import in_eval_mode
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class Run:
         lr: learning rate of the first step.
         seed: of the initial weights and of the order of the batches.
         train_loss: loss of each batch before its step; ends with the first that is not finite.
-        test_loss: test loss before training and after each finished epoch.
-        test_accuracy: test accuracy at the same times, in [0, 1].
+        test: what the workload evaluates, by name, before training and after each finished epoch.
         step_ms: median time of `optimizer.step()`, in milliseconds.
         train_step_ms: median time of a training step (batch, forward, backward, `optimizer.step()`), in milliseconds.
     """
@@ -33,10 +31,19 @@ class Run:
     lr: float
     seed: int
     train_loss: tuple[float, ...]
-    test_loss: tuple[float, ...]
-    test_accuracy: tuple[float, ...]
+    test: Mapping[str, tuple[float, ...]]
     step_ms: float
     train_step_ms: float
+
+    @property
+    def test_loss(self) -> tuple[float, ...]:
+        """Before training and after each finished epoch."""
+        return self.test["loss"]
+
+    @property
+    def test_accuracy(self) -> tuple[float, ...]:
+        """At the same times, in [0, 1]; of classifiers."""
+        return self.test["accuracy"]
 
     @property
     def diverged(self) -> bool:
@@ -45,11 +52,12 @@ class Run:
 
 
 def compare(
-    workload: Workload, candidates: Sequence[Candidate], *, seeds: Sequence[int] = (0,), epochs: int = 1
+    workload: Workload, candidates: Sequence[Candidate], *, seeds: Sequence[int] = (0,), epochs: int | None = None
 ) -> Iterator[Run]:
     """Train with every optimizer, at every learning rate of its grid, from every seed; yield each run as it ends.
 
-    For a given seed every run starts from the same weights and sees the same batches in the same order.
+    A run has as many epochs as the workload says, or `epochs`, in [1, inf). For a given seed every run starts from the
+    same weights and sees the same batches in the same order.
 
     Raises:
         ValueError: at once, if an optimizer cannot train this workload.
@@ -62,26 +70,26 @@ def compare(
     return (train(workload, candidate, lr, seed=seed, epochs=epochs) for seed in seeds for candidate, lr in pairs)
 
 
-def train(workload: Workload, candidate: Candidate, lr: float, *, seed: int = 0, epochs: int = 1) -> Run:
+def train(workload: Workload, candidate: Candidate, lr: float, *, seed: int = 0, epochs: int | None = None) -> Run:
     """Train once; a loss that is not finite ends the run.
 
     The learning rate falls linearly from `lr` to zero: at a constant one the last few batches decide the result, and
     that noise hides the differences between optimizers.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # for dropout, and for workloads of others that draw from torch's own
         torch.manual_seed(seed)
-        model = workload.model()
-        optimizer = candidate.optimizer(model.parameters(), lr)
-        order = torch.Generator().manual_seed(seed)
-        steps = epochs * math.ceil(len(workload.train[1]) / workload.batch_size)
+        task = workload(seed)
+        epochs = task.epochs if epochs is None else epochs
+        optimizer = candidate.optimizer(task.model.parameters(), lr)
+        steps = epochs * len(task.batches)
         train_loss: list[float] = []
-        tests = [workload.evaluate(model)]
+        tests = [task.scores(optimizer)]
         step_s: list[float] = []
         train_step_s: list[float] = []
         for _ in range(epochs):
             began = perf_counter()
-            for inputs, targets in workload.batches(order):
-                loss = workload.loss(model(inputs), targets)
+            for batch in task.batches:
+                loss = task.loss(task.model, batch)
                 train_loss.append(loss.item())
                 if not math.isfinite(train_loss[-1]):
                     break
@@ -97,15 +105,13 @@ def train(workload: Workload, candidate: Candidate, lr: float, *, seed: int = 0,
                 began = after
             if not math.isfinite(train_loss[-1]):
                 break
-            with in_eval_mode(optimizer):
-                tests.append(workload.evaluate(model))
+            tests.append(task.scores(optimizer))
     return Run(
         optimizer=candidate.name,
         lr=lr,
         seed=seed,
         train_loss=tuple(train_loss),
-        test_loss=tuple(loss for loss, _ in tests),
-        test_accuracy=tuple(accuracy for _, accuracy in tests),
+        test={name: tuple(values[name] for values in tests) for name in tests[0]},
         step_ms=1e3 * statistics.median(step_s) if step_s else math.nan,
         train_step_ms=1e3 * statistics.median(train_step_s) if train_step_s else math.nan,
     )
@@ -114,10 +120,9 @@ def train(workload: Workload, candidate: Candidate, lr: float, *, seed: int = 0,
 def _rehearse(workload: Workload, candidate: Candidate) -> None:
     """Take one step, so that what cannot work ends before the first run, and compiling is not part of it."""
     with torch.random.fork_rng(devices=[]):
-        model = workload.model()
-        inputs, targets = next(workload.batches(torch.Generator()))
-        workload.loss(model(inputs), targets).backward()
+        task = workload(0)
+        task.loss(task.model, next(iter(task.batches))).backward()
         try:
-            candidate.optimizer(model.parameters(), candidate.lrs[0]).step()
+            candidate.optimizer(task.model.parameters(), candidate.lrs[0]).step()
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{candidate.name} cannot train the {workload.name} workload: {error}") from error

@@ -33,9 +33,14 @@ def to_json(runs: Iterable[Run], *, command: str, workload: Workload) -> str:
         "command": command,
         "workload": workload.name,
         "versions": versions(),
-        "runs": [{**asdict(run), "diverged": run.diverged} for run in runs],
+        "runs": [_record(run) for run in runs],
     }
     return json.dumps(_finite(document), allow_nan=False)
+
+
+def _record(run: Run) -> dict[str, Any]:
+    record = asdict(run) | {"diverged": run.diverged}
+    return record | {f"test_{name}": values for name, values in record.pop("test").items()}
 
 
 def to_html(standings: Sequence[Standing], *, command: str, workload: Workload) -> str:

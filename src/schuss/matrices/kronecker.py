@@ -86,7 +86,7 @@ def _floats(numbers: Any, like: Tensor) -> list[float]:
     """A number for each matrix, rounded as tensors round them: back ends give them in more digits, or in fewer."""
     given = numbers.tolist() if isinstance(numbers, (Tensor, np.ndarray)) else [float(numbers)]
     rounded = np.asarray(given, np.float64 if like.dtype == torch.float64 else np.float32)
-    return np.broadcast_to(rounded, len(like)).tolist()
+    return [float(number) for number in np.broadcast_to(rounded, len(like))]
 
 
 def rotate(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

@@ -87,7 +87,7 @@ class LAMB(Optimizer):
             raise ValueError(f"{cls.__name__}: phi must be a lower bound and then an upper one, got {group['phi']}")
 
     @staticmethod
-    def scalars(step, betas, phi):
+    def scalars(step, betas, weight_decay, phi):
         beta1, beta2 = betas
         return {
             "w1": 1 - beta1,
@@ -95,16 +95,17 @@ class LAMB(Optimizer):
             "w2": 1 - beta2,
             "c1": 1 / (1 - beta1**step),
             "c2": 1 / sqrt(1 - beta2**step),
+            "lam": weight_decay,
             "low": phi[0],
             "high": phi[1],
         }
 
     @staticmethod
-    def rule(p, g, m, v, lr, w1, beta2, w2, c1, c2, eps, weight_decay, low, high, bias_correction, adapt):
+    def rule(p, g, m, v, lr, w1, beta2, w2, c1, c2, eps, lam, low, high, bias_correction, adapt):
         m = lerp(m, g, w1)
         v = beta2 * v + w2 * (g * g)
         u = c1 * m / (sqrt(v) * c2 + eps) if bias_correction else m / (sqrt(v) + eps)
-        u = u + weight_decay * p
+        u = u + lam * p
         if adapt:
             lr = lr * trust_ratio(clamp(norm(p), low, high), norm(u))
         return p - lr * u, m, v

@@ -85,11 +85,15 @@ class LARS(Optimizer):
             raise ValueError(f"{cls.__name__}: nesterov=True needs momentum, got momentum={group['momentum']}")
 
     @staticmethod
-    def rule(p, g, b, lr, momentum, weight_decay, trust_coefficient, eps, nesterov, adapt):
-        d = g + weight_decay * p
+    def scalars(weight_decay, trust_coefficient):
+        return {"lam": weight_decay, "eta": trust_coefficient}
+
+    @staticmethod
+    def rule(p, g, b, lr, momentum, lam, eta, eps, nesterov, adapt):
+        d = g + lam * p
         if adapt:
             length = norm(p)
-            d = trust_ratio(trust_coefficient * length, norm(g) + weight_decay * length + eps) * d
+            d = trust_ratio(eta * length, norm(g) + lam * length + eps) * d
         if b is None:
             return p - lr * d, b
         b = momentum * b + d

@@ -152,7 +152,7 @@ class Prodigy(Optimizer):
         groups = self.param_groups
         if len(groups) < 2:
             return
-        rates = {_host_number(group["lr"]) for group in groups} - {0.0, None}
+        rates = {rate for group in groups if (rate := _host_number(group["lr"]))}
         if len(rates) > 1:
             raise ValueError(
                 f"{type(self).__name__}: lr must be the same in all groups, or 0 where they are to rest, since it "
@@ -201,25 +201,26 @@ class Prodigy(Optimizer):
         return {
             "moves": moves,
             "w1": moves * (1 - beta1),
-            "keep_v": where(lr > 0, beta2, 1.0),
+            "keep_v": 1 - moves * (1 - beta2),
             "w2": moves * (1 - beta2),
             "beta3": beta3,
-            "keep_s": where(lr > 0, beta3, 1.0),
+            "keep_s": 1 - moves * (1 - beta3),
             "weight": moves * d * d / d0,
             "rate": d * lr,
             "correction": sqrt(1 - beta2**step) / (1 - beta1**step),
+            "lam": weight_decay,
             "keep": 1 - d * lr * weight_decay,
         }
 
     @staticmethod
     def rule(
         p, g, m, v, s, p0, d, d_max, r, all_s, own_s, lr, moves, w1, keep_v, w2, beta3, keep_s, weight, rate,
-        correction, keep, eps, weight_decay, d0, d_coef, growth_rate, decouple, use_bias_correction, safeguard_warmup,
+        correction, lam, keep, eps, d0, d_coef, growth_rate, decouple, use_bias_correction, safeguard_warmup,
     ):  # fmt: skip
         if use_bias_correction:
             lr, rate = correction * lr, correction * rate
         if not decouple:
-            g = g + weight_decay * p
+            g = g + lam * p
         any_moves = everywhere(moves) > 0
         r = where(any_moves, beta3 * r + everywhere(weight * lr * dot(g, p0 - p)), r)
         s = keep_s * s + weight * (1.0 if safeguard_warmup else lr) * g

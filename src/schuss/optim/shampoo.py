@@ -108,10 +108,10 @@ class Shampoo(Preconditioned):
         "m": "exp_avg",
         "v": State("grafting_sq", when=_divides, nonnegative=True),
         "b": State("momentum_buffer", when="momentum"),
-        "left": State("left_moment", when=of_side(0), wide=True, like=_squares(0)),
-        "right": State("right_moment", when=of_side(1), wide=True, like=_squares(1)),
-        "left_root": State("left_root", when=of_side(0), wide=True, like=_squares(0)),
-        "right_root": State("right_root", when=of_side(1), wide=True, like=_squares(1)),
+        "L": State("left_moment", when=of_side(0), wide=True, like=_squares(0)),
+        "R": State("right_moment", when=of_side(1), wide=True, like=_squares(1)),
+        "PL": State("left_root", when=of_side(0), wide=True, like=_squares(0)),
+        "PR": State("right_root", when=of_side(1), wide=True, like=_squares(1)),
     }
     choices = ("grafting", "block_size", "precision")
     decay = "decoupled"
@@ -179,33 +179,30 @@ class Shampoo(Preconditioned):
 
     @staticmethod
     def rule(
-        p, g, m, v, b, left, right, left_root, right_root, lr, w1, c1, keep, weight, keep_v, w_v, c_v, grafting_eps,
-        momentum, nesterov, grafting, block_size, precision,
+        p, g, m, v, b, L, R, PL, PR, lr, w1, c1, keep, weight, keep_v, w_v, c_v, grafting_eps, momentum, nesterov,
+        grafting, block_size, precision,
     ):  # fmt: skip
         words, block = WORDS[precision], int(block_size)
         m = lerp(m, g, w1)
-        a = c1 * m
-        d = None
-        if left_root is not None or right_root is not None:
-            d = words.surround(a, left_root, right_root, block=block)
+        a = u = c1 * m
         if v is not None:
             v = v + g * g if grafting == "adagrad" else keep_v * v + w_v * (g * g)
             a = a / ((sqrt(v) * c_v if grafting == "adam" else sqrt(v)) + grafting_eps)
-        if d is None:
+        if PL is None and PR is None:
             u = a
-        elif grafting is None:
-            u = d
         else:
-            length = norm(d)
-            u = where(length > 0, norm(a) / length * d, a)
+            u = words.surround(u, PL, PR, block=block)
+            if grafting is not None:
+                length = norm(u)
+                u = where(length > 0, norm(a) / length * u, a)
         if b is not None:
             b = momentum * b + u
             u = u + momentum * b if nesterov else b
-        if left is not None:
-            left = words.left_moment(g, left, keep, weight, block=block)
-        if right is not None:
-            right = words.right_moment(g, right, keep, weight, block=block)
-        return p - lr * u, m, v, b, left, right, left_root, right_root
+        if L is not None:
+            L = words.left_moment(g, L, keep, weight, block=block)
+        if R is not None:
+            R = words.right_moment(g, R, keep, weight, block=block)
+        return p - lr * u, m, v, b, L, R, PL, PR
 
     def _renew(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> None:
         if step < group["start_preconditioning_step"] or step % int(group["precondition_frequency"]):

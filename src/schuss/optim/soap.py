@@ -72,10 +72,10 @@ class SOAP(Preconditioned):
     states = {
         "m": "exp_avg",
         "v": State("exp_avg_sq", nonnegative=True),
-        "left": State("left_moment", when=of_side(0), wide=True, like="left"),
-        "right": State("right_moment", when=of_side(1), wide=True, like="right"),
-        "left_basis": State("left_basis", when=of_side(0), wide=True, like="left"),
-        "right_basis": State("right_basis", when=of_side(1), wide=True, like="right"),
+        "L": State("left_moment", when=of_side(0), wide=True, like="left"),
+        "R": State("right_moment", when=of_side(1), wide=True, like="right"),
+        "QL": State("left_basis", when=of_side(0), wide=True, like="left"),
+        "QR": State("right_basis", when=of_side(1), wide=True, like="right"),
     }
     choices = ("precision",)
     decay = "decoupled"
@@ -127,25 +127,24 @@ class SOAP(Preconditioned):
 
     @staticmethod
     def rule(
-        p, g, m, v, left, right, left_basis, right_basis, moves, lr, w1, beta2, w2, c1, c2, eps, keep, weight,
-        normalize_grads, correct_bias, precision,
+        p, g, m, v, L, R, QL, QR, moves, lr, w1, beta2, w2, c1, c2, eps, keep, weight, normalize_grads, correct_bias,
+        precision,
     ):  # fmt: skip
-        words = WORDS[precision]
-        rotated = left_basis is not None or right_basis is not None
-        x = words.rotate(g, left_basis, right_basis) if rotated else g
+        words, turns = WORDS[precision], QL is not None or QR is not None
+        x = words.rotate(g, QL, QR) if turns else g
         m = where(moves > 0, lerp(m, x, w1), m)
         v = where(moves > 0, beta2 * v + w2 * (x * x), v)
         u = c1 * m / (sqrt(v) * c2 + eps) if correct_bias else m / (sqrt(v) + eps)
-        if rotated:
-            u = words.rotate_back(u, left_basis, right_basis)
+        if turns:
+            u = words.rotate_back(u, QL, QR)
         if normalize_grads:
             u = u / (sqrt(mean_square(u)) + 1e-30)
         p = where(moves > 0, p - lr * u, p)
-        if left is not None:
-            left = words.left_moment(g, left, keep, weight)
-        if right is not None:
-            right = words.right_moment(g, right, keep, weight)
-        return p, m, v, left, right, left_basis, right_basis
+        if L is not None:
+            L = words.left_moment(g, L, keep, weight)
+        if R is not None:
+            R = words.right_moment(g, R, keep, weight)
+        return p, m, v, L, R, QL, QR
 
     def _renew(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> None:
         if step > 1 and (step - 1) % int(group["precondition_frequency"]):

@@ -63,7 +63,7 @@ class StableAdamW(Optimizer):
         super().__init__(params, defaults, **options)
 
     @staticmethod
-    def scalars(step, betas):
+    def scalars(step, betas, weight_decay):
         beta1, beta2 = betas
         return {
             "w1": 1 - beta1,
@@ -71,13 +71,14 @@ class StableAdamW(Optimizer):
             "w2": 1 - beta2,
             "c1": 1 / (1 - beta1**step),
             "c2": 1 / sqrt(1 - beta2**step),
+            "lam": weight_decay,
         }
 
     @staticmethod
-    def rule(p, g, m, v, lr, w1, beta2, w2, c1, c2, eps, weight_decay):
+    def rule(p, g, m, v, lr, w1, beta2, w2, c1, c2, eps, lam):
         m = lerp(m, g, w1)
         v = beta2 * v + w2 * (g * g)
         root = sqrt(v) * c2
         rate = lr / maximum(sqrt(mean_square(g / maximum(root, eps))), 1.0)
-        p = (1 - rate * weight_decay) * p - rate * c1 * m / (root + eps)
+        p = (1 - rate * lam) * p - rate * c1 * m / (root + eps)
         return p, m, v

@@ -1,0 +1,138 @@
+"""Whether a workload is one, said in a line if it is not; and what a table tells of it."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from schuss.lab.workload import Task, Workload
+
+T = TypeVar("T")
+
+HEADER = ("workload", "what it is", "para-\nmeters", "steps", "target", "ms per\nstep", "s per\nrun")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A workload that passed.
+
+    Args:
+        workload: itself.
+        task: of the seed that was checked; it has taken steps that move nothing.
+        scores: what it evaluates before training.
+        step_s: seconds of a step without the optimizer's own: batch, forward and backward.
+    """
+
+    workload: Workload
+    task: Task
+    scores: Mapping[str, float]
+    step_s: float
+
+    def cells(self) -> tuple[str, ...]:
+        """Below `HEADER`."""
+        task = self.task
+        return (
+            self.workload.name,
+            self.workload.description,
+            f"{task.parameters:,}",
+            f"{task.steps:,}",
+            f"{task.metric} {'≥' if task.better == 'higher' else '≤'} {task.target:g}",
+            f"{1e3 * self.step_s:.2f}",
+            f"{task.steps * self.step_s:.1f}",
+        )
+
+
+def check(workload: Workload, *, seed: int = 0, seconds: float = 0.2) -> Facts:
+    """Make a workload's task, take its loss, gradients and scores, make it again, and time its steps.
+
+    Args:
+        workload: it.
+        seed: of the task.
+        seconds: of steps that are timed, after the first; at least two of them, in [0, inf).
+
+    Raises:
+        ValueError: it raises, gives no `Task`, a loss that is not finite or has no gradient, scores without its metric
+            or without "loss", or another loss for the same seed.
+    """
+    name = workload.name
+    task = _call(f"{name}: the function", lambda: workload(seed))
+    if not isinstance(task, Task):
+        raise ValueError(f"{name}: the function must return a schuss.lab.workload.Task, got {type(task).__name__}")
+    # It moves nothing, and takes sparse gradients as well as dense ones.
+    optimizer = torch.optim.SGD([p for p in task.model.parameters() if p.requires_grad], lr=0.0)
+    batch = _first(name, task)
+    loss = _loss(name, task, batch)
+    _call(f"{name}: the backward pass of its loss", loss.backward)
+    gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
+    if not gradients:
+        raise ValueError(f"{name}: the loss depends on no parameter of the model; compute it from model(...)")
+    if not all(_values(gradient).isfinite().all() for gradient in gradients):
+        raise ValueError(f"{name}: a gradient of the first batch is not finite")
+    scores = _call(f"{name}: evaluate", lambda: task.scores(optimizer))
+    for key in dict.fromkeys(("loss", task.metric)):
+        if key not in scores:
+            raise ValueError(f"{name}: evaluate must give {key!r}, got {', '.join(map(repr, scores)) or 'nothing'}")
+        if not math.isfinite(scores[key]):
+            raise ValueError(f"{name}: {key!r} of evaluate is {scores[key]} before training")
+    again = _call(f"{name}: the function, called again,", lambda: workload(seed))
+    second = _loss(name, again, _first(name, again))
+    if second.item() != loss.item():
+        raise ValueError(
+            f"{name}: the first loss of seed {seed} is {loss.item():.9g} and, when made again, {second.item():.9g}; "
+            "draw weights, order and noise from torch.Generator().manual_seed(seed)"
+        )
+    return Facts(workload, task, scores, _timed(task, optimizer, seconds))
+
+
+def _call(what: str, function: Callable[[], T]) -> T:
+    """What anybody's function returns."""
+    try:
+        return function()
+    except Exception as error:
+        line = " ".join(str(error).split())
+        raise ValueError(f"{what} raised {type(error).__name__}: {line}") from error
+
+
+def _first(name: str, task: Task) -> Any:
+    nothing = object()
+    batch = _call(f"{name}: batches", lambda: next(iter(task.batches), nothing))
+    if batch is nothing:
+        raise ValueError(f"{name}: there is no batch")
+    return batch
+
+
+def _loss(name: str, task: Task, batch: Any) -> Tensor:
+    loss = _call(f"{name}: loss", lambda: task.loss(task.model, batch))
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"{name}: loss must return a tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"{name}: loss must be one number, got shape {tuple(loss.shape)}; take its mean")
+    if not loss.requires_grad:
+        raise ValueError(f"{name}: the loss has no gradient; do not detach it, or compute it without gradients")
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"{name}: the loss of the first batch is {loss.item()}")
+    return loss
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _timed(task: Task, optimizer: torch.optim.Optimizer, seconds: float) -> float:
+    taken: list[float] = []
+    while sum(taken) < seconds or len(taken) < 2:
+        began = perf_counter()
+        for batch in task.batches:
+            optimizer.zero_grad()
+            task.loss(task.model, batch).backward()
+            ended = perf_counter()
+            taken.append(ended - began)
+            began = ended
+            if sum(taken) >= seconds and len(taken) >= 2:
+                break
+    return median(taken)
