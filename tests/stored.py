@@ -8,10 +8,11 @@ import torch
 
 from cases import Case, gradient
 from schuss import Optimizer
-from schuss.engine.state import Cell, find, flat
+from schuss.engine.state import COMPENSATION, Cell, find, flat
 from schuss.engine.storage import BLOCK, MAPS, keys, random_bits, stream
 from schuss.formula import absolute, where
 from schuss.rule import State
+from schuss.testing import has_sums
 
 STORAGES = ("float32", "bfloat16", "int8")
 SIGNED, UNSIGNED = torch.int8, torch.uint8
@@ -93,11 +94,15 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return torch.where(real.isnan(), torch.full_like(real, torch.nan), real).view(integer)
 
 
-def assert_same(ours: Any, theirs: Any) -> None:
+def assert_same(ours: Any, theirs: Any, *, to_rounding: bool = False) -> None:
     """Parameters and states of two optimizers are equal bit for bit, on whatever device their numbers are.
 
-    Numbers that are made of sums, to rounding: kernels add in an order of their own.
+    Numbers that are made of sums, to rounding: kernels add in an order of their own. With `to_rounding`, all that is
+    made of sums, too.
     """
+    if to_rounding and has_sums(ours):
+        _assert_near(ours, theirs)
+        return
     sums = set(ours._rule.number_states.values())
     pairs = zip(_params(ours), _params(theirs), strict=True)
     for i, (p, q) in enumerate(pairs):
@@ -110,6 +115,23 @@ def assert_same(ours: Any, theirs: Any) -> None:
                 torch.testing.assert_close(a[key].cpu(), b[key].cpu(), rtol=1e-12, atol=1e-14)
                 continue
             assert torch.equal(bits(a[key]), bits(b[key])), f"{key} of {i}: {_difference(a[key], b[key])}"
+
+
+def _assert_near(ours: Any, theirs: Any) -> None:
+    """Equal to rounding: codes to the next one, bfloat16 and float16 to the next number."""
+    for i, (p, q) in enumerate(zip(_params(ours), _params(theirs), strict=True)):
+        a, b = {"p": p} | ours.state.get(p, {}), {"p": q} | theirs.state.get(q, {})
+        assert list(a) == list(b), f"state of {i}: {list(a)} {list(b)}"
+        for key in a:
+            x, y = a[key].detach().cpu(), b[key].detach().cpu()
+            assert x.dtype == y.dtype, f"{key} of {i}"
+            if not x.is_floating_point() and not x.is_complex():
+                assert (x.int() - y.int()).abs().max() <= 1, f"{key} of {i}"
+                continue
+            eps = max(4 * torch.finfo(x.dtype).eps, 1e-5)
+            like = p.detach().cpu() if key == COMPENSATION else y
+            largest = float(like.abs().max()) if like.numel() else 0.0
+            torch.testing.assert_close(x, y, rtol=eps, atol=eps * largest, equal_nan=True, msg=f"{key} of {i}")
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -232,6 +232,7 @@ class Rule:
         if variant not in self._needs:
             nodes = used(self.trace(variant, Pieces())[0].outputs.values())
             vectors = any(node.op in ("row_mean", "column_mean") for node in nodes)
+            vectors |= any(state.like in ("rows", "columns") for state in self.present(variant))
             matrices = any(isinstance(node.op, MatrixCall) for node in nodes)
             self._needs[variant] = frozenset(["vectors"] * vectors + ["matrices"] * matrices)
         return self._needs[variant]
@@ -294,7 +295,8 @@ class Rule:
         weight_decay, decoupled = values.get("weight_decay", 0.0), values["decoupled"]
         if "decay" not in result:  # a rule may say that a step does not decay
             result["decay"] = 1 - values["lr"] * weight_decay * decoupled if "lr" in values else 1.0
-        result["weight_decay"] = weight_decay * (1 - decoupled) if self.decay is not None else 0.0
+        if self.decay is not None:  # else it is the rule's own
+            result["weight_decay"] = weight_decay * (1 - decoupled)
         result["gain"] = values["gain"] * gain
         if (options := self.options) is not None:
             if options.clip_value is not None:

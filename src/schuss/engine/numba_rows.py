@@ -76,9 +76,10 @@ def rows_source(
             at = f"({k} * shape[4] + unit[3] + (line - unit[1]) // height) * width + block"
             arrays.append(f"column{k}_ = carray(pointer(tables[9] + ({at}) * {size}, {value}), (n,))")
             stores.append(f"column{k}_[i] += {new[output]}")
-    once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars) if name in read]
-    if stored and layout["p"].stochastic:
-        once += random_keys(names["step"])
+    keyed = bool(stored) and layout["p"].stochastic
+    wanted = {*read, *(["step"] if keyed else [])}
+    once = [f"{names[name]} = scalar[{i}]" for i, name in enumerate(scalars) if name in wanted]
+    once += random_keys(names["step"]) if keyed else []
     table = listed({names[n]: storage for n, storage in layout.items() if n in read or n in stored})
     of_block, add, end_block = (totals.of_block, totals.add, totals.end_block) if totals else ([], [], [])
     loop = [

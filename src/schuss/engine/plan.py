@@ -16,7 +16,7 @@ import torch
 
 from schuss import bounds
 from schuss.engine import foreach, reference
-from schuss.engine.bucket import Bucket, CpuBucket, Step
+from schuss.engine.bucket import Bucket, CpuBucket, Step, add_up
 from schuss.engine.clip import clip, refuse
 from schuss.engine.pieces import EMA, Pieces
 from schuss.engine.report import render
@@ -261,7 +261,11 @@ class Plan:
         for key, old, new in zip(rule.keys, zip(*self._values, strict=True), zip(*values, strict=True), strict=True):
             if not (live or self._live) and old == new:
                 continue
-            if key in rule.choices or (rule.chooses(key) and list(map(bool, old)) != list(map(bool, new))):
+            if (
+                old != new
+                if key in rule.choices
+                else rule.chooses(key) and list(map(bool, old)) != list(map(bool, new))
+            ):
                 return False
             if (column := rule.columns.get(key)) is not None:
                 self._hyper[:, column] = [rule.numbers_of(key, value) for value in new]
@@ -428,7 +432,7 @@ def _sum_everywhere(units: "Sequence[Bucket | reference.Update]", k: int) -> Non
     sums: list[Any] = []
     for share in shares:
         if device.type == "cpu" and not any(isinstance(s, torch.Tensor) and s.requires_grad for s in share):
-            sums.append(math.fsum(map(float, share)))
+            sums.append(add_up([float(part) for part in share]))
         else:
             sums.append(torch.stack([torch.as_tensor(s, dtype=torch.float64).to(device) for s in share]).sum())
     for unit in units:

@@ -82,7 +82,7 @@ class Update:
     def _inputs(self, cells: Mapping[str, Cell], g: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """What is computed with: tensors in the computation's dtype, and numbers as tensors of it.
 
-        So the numbers round, and promote, as in a kernel. Those that are states keep the digits that they are stored with.
+        So the numbers round, and promote, as in a kernel. Those that are states keep the digits that they have.
         """
         dtype = computed_in([g, *(cell.values for cell in cells.values())])
         inputs = {letter: cell.read(dtype) for letter, cell in cells.items()}

@@ -1,7 +1,7 @@
 """Whether a workload is one, said in a line if it is not; and what a table tells of it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -57,16 +57,17 @@ def check(workload: Workload, *, seed: int = 0, seconds: float = 0.2) -> Facts:
 
     Raises:
         ValueError: it raises, gives no `Task`, a loss that is not finite or has no gradient, scores without its metric
-            or without "loss", or another loss for the same seed.
+            or without "loss", batches only once, or another loss for the same seed.
     """
+    with torch.random.fork_rng(devices=[]):
+        return _checked(workload, seed, seconds)
+
+
+def _checked(workload: Workload, seed: int, seconds: float) -> Facts:
     name = workload.name
-    task = _call(f"{name}: the function", lambda: workload(seed))
-    if not isinstance(task, Task):
-        raise ValueError(f"{name}: the function must return a schuss.lab.workload.Task, got {type(task).__name__}")
+    task, loss = _begun(workload, seed)
     # It moves nothing, and takes sparse gradients as well as dense ones.
     optimizer = torch.optim.SGD([p for p in task.model.parameters() if p.requires_grad], lr=0.0)
-    batch = _first(name, task)
-    loss = _loss(name, task, batch)
     _call(f"{name}: the backward pass of its loss", loss.backward)
     gradients = [p.grad for p in task.model.parameters() if p.grad is not None]
     if not gradients:
@@ -79,14 +80,13 @@ def check(workload: Workload, *, seed: int = 0, seconds: float = 0.2) -> Facts:
             raise ValueError(f"{name}: evaluate must give {key!r}, got {', '.join(map(repr, scores)) or 'nothing'}")
         if not math.isfinite(scores[key]):
             raise ValueError(f"{name}: {key!r} of evaluate is {scores[key]} before training")
-    again = _call(f"{name}: the function, called again,", lambda: workload(seed))
-    second = _loss(name, again, _first(name, again))
+    _, second = _begun(workload, seed)
     if second.item() != loss.item():
         raise ValueError(
             f"{name}: the first loss of seed {seed} is {loss.item():.9g} and, when made again, {second.item():.9g}; "
             "draw weights, order and noise from torch.Generator().manual_seed(seed)"
         )
-    return Facts(workload, task, scores, _timed(task, optimizer, seconds))
+    return Facts(workload, task, scores, _timed(name, task, optimizer, seconds))
 
 
 def _call(what: str, function: Callable[[], T]) -> T:
@@ -98,16 +98,30 @@ def _call(what: str, function: Callable[[], T]) -> T:
         raise ValueError(f"{what} raised {type(error).__name__}: {line}") from error
 
 
-def _first(name: str, task: Task) -> Any:
-    nothing = object()
-    batch = _call(f"{name}: batches", lambda: next(iter(task.batches), nothing))
-    if batch is nothing:
-        raise ValueError(f"{name}: there is no batch")
-    return batch
+def _begun(workload: Workload, seed: int) -> tuple[Task, Tensor]:
+    """A task and its first loss."""
+    name = workload.name
+    task: object = _call(f"{name}: the function", lambda: workload(seed))
+    if not isinstance(task, Task):
+        raise ValueError(f"{name}: the function must return a schuss.lab.workload.Task, got {type(task).__name__}")
+    batch = next(_epoch(name, task))
+    torch.default_generator.manual_seed(seed)  # for dropout; what was drawn before has to be fixed without it
+    return task, _loss(name, task, batch)
+
+
+def _epoch(name: str, task: Task) -> Iterator[Any]:
+    """The batches of an epoch; at least one."""
+    batches = _call(f"{name}: batches", lambda: iter(task.batches))
+    nothing, count = object(), 0
+    while (batch := _call(f"{name}: batches", lambda: next(batches, nothing))) is not nothing:
+        count += 1
+        yield batch
+    if count == 0:
+        raise ValueError(f"{name}: batches gave none; each time one goes through them must be a whole epoch")
 
 
 def _loss(name: str, task: Task, batch: Any) -> Tensor:
-    loss = _call(f"{name}: loss", lambda: task.loss(task.model, batch))
+    loss: object = _call(f"{name}: loss", lambda: task.loss(task.model, batch))
     if not isinstance(loss, Tensor):
         raise ValueError(f"{name}: loss must return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
@@ -123,11 +137,11 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _timed(task: Task, optimizer: torch.optim.Optimizer, seconds: float) -> float:
+def _timed(name: str, task: Task, optimizer: torch.optim.Optimizer, seconds: float) -> float:
     taken: list[float] = []
     while sum(taken) < seconds or len(taken) < 2:
         began = perf_counter()
-        for batch in task.batches:
+        for batch in _epoch(name, task):
             optimizer.zero_grad()
             task.loss(task.model, batch).backward()
             ended = perf_counter()

