@@ -146,6 +146,7 @@ def test_generic_checks(check: Callable[..., None]) -> None:
             ]
         )
 
+    make.takes, make.takes_complex = optim.AdamW.takes, optim.AdamW.takes_complex
     check(make, {"lr": 0.01})
 
 

@@ -128,7 +128,8 @@ def test_the_target_is_reached(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "lr", "epochs", "loss"), [("digits_vit", 0.01, 2, VIT), ("char_gpt", 0.003, 1, GPT), ("char_lstm", 0.03, 1, LSTM)]
+    ("name", "lr", "epochs", "loss"),
+    [("digits_vit", 0.01, 2, 1.915), ("char_gpt", 0.003, 1, 2.842), ("char_lstm", 0.03, 1, 2.126)],
 )
 def test_the_start_of_longer_runs_is_as_recorded(name: str, lr: float, epochs: int, loss: float) -> None:
     """As far as other versions of torch and of Python's text let it be."""

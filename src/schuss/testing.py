@@ -102,8 +102,9 @@ def same(a: Run, b: Run) -> None:
 
 def has_sums(optimizer: Optimizer) -> bool:
     """Whether the rule sums over tensors, in the form that some parameter has."""
-    while (inner := getattr(optimizer, "inner", None)) is not None:  # of a wrapper
-        optimizer = inner
+    if not isinstance(optimizer, Optimizer):  # a wrapper, of one or of several
+        inner = getattr(optimizer, "optimizers", None)
+        return any(map(has_sums, inner.values() if inner else [optimizer.inner]))
     rule = optimizer._rule
     variants = {rule.variant(group, p) for group in optimizer.param_groups for p in group["params"]}
     return any(is_staged(rule.trace(variant, Pieces())[0]) for variant in variants)
