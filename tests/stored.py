@@ -306,7 +306,7 @@ def has_roots(case: Case) -> bool:
     So may it where a state is multiplied by what is made of sums: eager torch rounds the numbers in it before.
     """
     names = ("Adadelta", "ADOPT", "LaProp", "ScheduleFreeAdamW", "ScheduleFreeRAdam", "LARS", "MARS", "Prodigy")
-    roots = case.name in names or (case.name == "RMSprop" and "momentum" in case.kwargs)
+    roots = case.name in names or (case.name in ("RMSprop", "Shampoo") and "momentum" in case.kwargs)
     return roots or "vectors" in case.needs  # the means of rows and columns are sums
 
 

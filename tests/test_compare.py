@@ -105,7 +105,7 @@ def test_a_run_that_diverges_stops_and_says_so(workload: Workload) -> None:
     assert len(run.test_loss) == 1
 
 
-@pytest.mark.parametrize("name", ["torch:LBFGS", "torch:Muon"])
+@pytest.mark.parametrize("name", ["torch:LBFGS", "torch:Muon", "Muon"])
 def test_an_optimizer_that_cannot_train_the_workload_is_refused_before_the_first_run(
     workload: Workload, name: str
 ) -> None:

@@ -3,7 +3,7 @@
 import copy
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -401,6 +401,54 @@ def test_what_needs_a_step_without_the_host_is_refused(option: str) -> None:
     p = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(ValueError, match=rf"SOAP: {option} must be False, since the host renews matrices"):
         optim.SOAP([{"params": [p], option: True}])
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("cls", [optim.SOAP, optim.Shampoo])
+def test_bases_and_roots_do_not_depend_on_threads(cls: Any, threads: Callable[[int], None]) -> None:
+    """LAPACK's own threads would change bits of matrices of this size."""
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        params = [torch.nn.Parameter(randn(130, 140, dtype=torch.float32, seed=i)) for i in range(4)]
+        optimizer = cls(params, lr=0.1)
+        optimizer.param_groups[0] |= dict(precondition_frequency=1, start_preconditioning_step=1)
+        for k in range(3):
+            step(optimizer, params, [randn(130, 140, dtype=torch.float32, seed=10 * k + i) for i in range(4)])
+        assert torch.get_num_threads() == count
+        results.append([p.detach() for p in params])
+    assert_equal(results[1], results[0])
+    assert_equal(results[2], results[0])
+
+
+def test_an_error_on_the_way_changes_no_matrix(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as too little memory: parameters have moved, bases and moments fit each other still."""
+    threads(2)
+    params, optimizer = two()
+    qr, done = torch.linalg.qr, list[torch.Tensor]()
+
+    def fails(a: torch.Tensor) -> Any:
+        if len(done) == 2:
+            raise torch.OutOfMemoryError("none left")
+        done.append(a)
+        return qr(a)
+
+    bases = [optimizer.state[p][f"{side}_basis"].clone() for p in params for side in ("left", "right")]
+    monkeypatch.setattr(torch.linalg, "qr", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        step(optimizer, params, [randn(5, 5, seed=30 + i) for i in range(2)])
+    assert torch.get_num_threads() == 2
+    assert_equal([optimizer.state[p][f"{side}_basis"] for p in params for side in ("left", "right")], bases)
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 3]
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

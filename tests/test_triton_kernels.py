@@ -40,9 +40,8 @@ INTERPRETED = triton.interpreted()
 CHUNK = triton.CHUNK
 SIZES = (1, 255, 256, 257, CHUNK - 1, CHUNK, 3 * CHUNK + 17)
 HALVES = (torch.bfloat16, torch.float16)
-rules = pytest.mark.parametrize(
-    "cls", [cls for cls in optim.RULES if cls.takes(torch.empty(1))], ids=lambda cls: cls.__name__
-)
+OF_VECTORS = [cls for cls in optim.RULES if cls.takes(torch.empty(1))]
+rules = pytest.mark.parametrize("cls", OF_VECTORS, ids=lambda cls: cls.__name__)
 
 
 @dataclass(frozen=True)
@@ -659,7 +658,7 @@ class TestCompiled:
         assert triton.resources(machine).registers <= registers(kernel)
         assert inexact(machine.ptx) == set()
 
-    @pytest.mark.parametrize("cls", [c for c in optim.RULES if c is not optim.Prodigy], ids=lambda cls: cls.__name__)
+    @pytest.mark.parametrize("cls", [c for c in OF_VECTORS if c is not optim.Prodigy], ids=lambda cls: cls.__name__)
     def test_eight_bits(self, cls: type[Optimizer]) -> None:
         kernel = of_rule(cls, eight_bit=True)
         machine = triton.compiled("test", kernel.text, kernel.layout)

@@ -2,13 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch.optim.optimizer import ParamsT
 
 from schuss.bounds import number
+from schuss.engine.process import uninterrupted
+from schuss.engine.state import Cell
 from schuss.formula import matrix_function
 from schuss.matrices import kronecker
 from schuss.optimizer import Optimizer
@@ -46,6 +50,19 @@ def of_side(dim: int) -> Callable[[Mapping[str, Any], torch.Tensor], bool]:
     return exists
 
 
+@dataclass
+class Renewal:
+    """What becomes of the matrices of a parameter.
+
+    Args:
+        values: new values of states, and the cells that hold them.
+        complaints: why others go on as they are.
+    """
+
+    values: list[tuple[Cell, torch.Tensor]] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
 class Preconditioned(Optimizer):
     """Base of optimizers that renew square matrices of a parameter now and then, after a step.
 
@@ -79,25 +96,71 @@ class Preconditioned(Optimizer):
     def after_step(self, params: Iterable[torch.Tensor]) -> None:
         """Renew the matrices of the parameters whose turn it is."""
         updated = {id(p) for p in params}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in updated:
-                    self._renew(p, group, int(number(self.state[p]["step"])))
+        due = [
+            (p, group, step)
+            for group in self.param_groups
+            for p in group["params"]
+            if id(p) in updated and self._is_due(group, step := int(number(self.state[p]["step"])))
+        ]
+        for at_once in batched(due, torch.get_num_threads()):  # for no more of them memory is needed
+            for (p, *_), renewal in zip(at_once, one_each(self._renewed, at_once), strict=True):
+                with uninterrupted():  # what is renewed belongs together
+                    for cell, value in renewal.values:
+                        cell.write(value)
+                for why in renewal.complaints:
+                    self._complain(p, why)
 
-    def _renew(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> None:
-        """Renew the matrices of a parameter that has taken a step, counted from 1, if it is their turn."""
+    @staticmethod
+    def _is_due(group: Mapping[str, Any], step: int) -> bool:
+        """Whether matrices are renewed after a step, counted from 1."""
         raise NotImplementedError
 
-    def _keep(self, p: torch.Tensor, matrix: torch.Tensor, what: str) -> None:
-        """Count, and at first tell, that something goes on as it was."""
+    def _renewed(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> Renewal:
+        """The new matrices of a parameter after a step, counted from 1; nothing is changed yet."""
+        raise NotImplementedError
+
+    def _complain(self, p: torch.Tensor, why: str) -> None:
+        """Count, and at first tell, that a parameter goes on with matrices that it had."""
         self.fallbacks += 1
         if id(p) not in self._warned:
             self._warned.add(id(p))
             groups = enumerate(self.param_groups)
             name = next(name for i, group in groups for name, q in names_of(group, i) if q is p)
-            why = "has no eigenvectors that can be found" if matrix.isfinite().all() else "has NaN or infinity in it"
             warnings.warn(
-                f"{type(self).__name__}: a preconditioner of {name}, of shape {tuple(p.shape)}, {why}; {what}. "
-                "`fallbacks` counts how often, and this is the only warning about this parameter",
+                f"{type(self).__name__}: a preconditioner of {name}, of shape {tuple(p.shape)}, {why}. `fallbacks` "
+                "counts how often, and this is the only warning about this parameter",
                 stacklevel=2,
             )
+
+
+def blemish(matrix: torch.Tensor) -> str:
+    """Why a matrix has no eigenvectors."""
+    return "has no eigenvectors that can be found" if matrix.isfinite().all() else "has NaN or infinity in it"
+
+
+def one_each(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """A function's value for each tuple of arguments, the first of which is a tensor: each in a thread of its own.
+
+    One thread for a matrix makes the same bits whatever `torch.get_num_threads()` is, which LAPACK's threads do not;
+    and they would be slower.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or any(args[0].device.type != "cpu" for args in arguments):
+        return [function(*args) for args in arguments]
+
+    def alone(args: tuple[Any, ...]) -> Any:
+        torch.set_num_threads(1)  # torch keeps it for each thread, MKL for all of them
+        with torch.no_grad():
+            return function(*args)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(alone, arguments))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """Stretches of so many."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -8,9 +8,10 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from schuss.bounds import number
+from schuss.engine.state import find
 from schuss.formula import lerp, norm, sqrt, where
 from schuss.matrices import kronecker
-from schuss.optim._preconditioned import WORDS, Precision, Preconditioned, of_side
+from schuss.optim._preconditioned import WORDS, Precision, Preconditioned, Renewal, blemish, of_side
 from schuss.optimizer import Number, Options
 from schuss.rule import Shape, State
 
@@ -194,7 +195,7 @@ class Shampoo(Preconditioned):
             u = words.surround(u, PL, PR, block=block)
             if grafting is not None:
                 length = norm(u)
-                u = where(length > 0, norm(a) / length * u, a)
+                u = where(length > 0, norm(a) / length, 0.0) * u + where(length > 0, 0.0, 1.0) * a
         if b is not None:
             b = momentum * b + u
             u = u + momentum * b if nesterov else b
@@ -204,17 +205,21 @@ class Shampoo(Preconditioned):
             R = words.right_moment(g, R, keep, weight, block=block)
         return p - lr * u, m, v, b, L, R, PL, PR
 
-    def _renew(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> None:
-        if step < group["start_preconditioning_step"] or step % int(group["precondition_frequency"]):
-            return
-        kept = self.state[p]
-        sides = [side for side in ("left", "right") if kept.get(f"{side}_moment") is not None]
+    @staticmethod
+    def _is_due(group: Mapping[str, Any], step: int) -> bool:
+        after = number(group["start_preconditioning_step"])
+        return step >= after and step % int(group["precondition_frequency"]) == 0
+
+    def _renewed(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> Renewal:
+        kept, renewal = self.state[p], Renewal()
+        roots = {side: cell for side in ("left", "right") if (cell := find(kept, f"{side}_root")) is not None}
         beta2, eps = number(group["betas"][1]), number(group["eps"])
-        for side in sides:
+        for side, cell in roots.items():
             moment = kept[f"{side}_moment"]
-            exponent = 0.5 / len(sides) if group["exponent"] is None else number(group["exponent"])
+            exponent = 0.5 / len(roots) if group["exponent"] is None else number(group["exponent"])
             root = kronecker.inverse_root(moment if beta2 == 1 else moment / (1 - beta2**step), exponent, eps)
             if root is None:
-                self._keep(p, moment, "the roots of that side stay as they were")
+                renewal.complaints.append(f"{blemish(moment)}; the roots of that side stay as they were")
             else:
-                kept[f"{side}_root"].copy_(root)
+                renewal.values.append((cell, root))
+        return renewal

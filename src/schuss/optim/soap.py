@@ -6,11 +6,10 @@ from typing import Any, Unpack
 import torch
 from torch.optim.optimizer import ParamsT
 
-from schuss.engine.process import uninterrupted
 from schuss.engine.state import Cell, find
 from schuss.formula import lerp, mean_square, sqrt, where
 from schuss.matrices import kronecker
-from schuss.optim._preconditioned import WORDS, Precision, Preconditioned, of_side
+from schuss.optim._preconditioned import WORDS, Precision, Preconditioned, Renewal, blemish, of_side
 from schuss.optimizer import Number, Options
 from schuss.rule import State
 
@@ -146,53 +145,56 @@ class SOAP(Preconditioned):
             R = words.right_moment(g, R, keep, weight)
         return p, m, v, L, R, QL, QR
 
-    def _renew(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> None:
-        if step > 1 and (step - 1) % int(group["precondition_frequency"]):
-            return
-        kept = self.state[p]
-        bases: dict[str, torch.Tensor] = {}
-        turns: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    @staticmethod
+    def _is_due(group: Mapping[str, Any], step: int) -> bool:
+        return step == 1 or (step - 1) % int(group["precondition_frequency"]) == 0
+
+    def _renewed(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> Renewal:
+        kept, renewal = self.state[p], Renewal()
+        turns: dict[str, torch.Tensor] = {}
+        orders: dict[str, torch.Tensor] = {}
         for side in ("left", "right"):
-            moment, basis = kept.get(f"{side}_moment"), kept.get(f"{side}_basis")
-            if moment is None or basis is None:
+            moment, cell = kept.get(f"{side}_moment"), find(kept, f"{side}_basis")
+            if moment is None or cell is None:
                 continue
-            if not basis.any():
+            basis = cell.values
+            if not basis.any():  # the first one
                 new = kronecker.eigenbasis(moment)
                 if new is None:
-                    self._keep(p, moment, "its basis is the identity until the next one")
+                    renewal.complaints.append(f"{blemish(moment)}; its basis is the identity until the next one")
                     new = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-                bases[side] = new
             elif (found := kronecker.next_basis(moment, basis)) is None:
-                self._keep(p, moment, "its basis stays as it was")
+                renewal.complaints.append(f"{blemish(moment)}; its basis stays as it was")
+                continue
             else:
-                bases[side], order = found
-                turns[side] = found[0].mT @ basis, order
-        moments = self._turned(p, group, turns) if turns else ()
-        with uninterrupted():  # moments and bases belong together
-            for cell, value in moments:
-                cell.write(value)
-            for side, basis in bases.items():
-                kept[f"{side}_basis"].copy_(basis)
+                new, orders[side] = found
+                turns[side] = new.mT @ basis
+            renewal.values.append((cell, new))
+        if turns:
+            renewal.values += self._turned(p, group, turns, orders)
+        return renewal
 
     def _turned(
         self,
         p: torch.Tensor,
         group: Mapping[str, Any],
-        turns: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        turns: Mapping[str, torch.Tensor],
+        orders: Mapping[str, torch.Tensor],
     ) -> list[tuple[Cell, torch.Tensor]]:
         """The cells of m and v with their values in new bases.
 
         Args:
             p, group: the parameter and its group.
-            turns: side -> the turn from its old basis to its new one, and the order of the old basis in the new one.
+            turns: side -> the turn from its old basis to its new one.
+            orders: side -> the places of its old directions in the new basis.
         """
         m, v = (find(self.state[p], name) for name in ("exp_avg", "exp_avg_sq"))
         assert m is not None
         assert v is not None
-        (turn_l, order_l), (turn_r, order_r) = (turns.get(side, (None, None)) for side in ("left", "right"))
-        dtype = next(iter(turns.values()))[0].dtype
+        dtype = next(iter(turns.values())).dtype
         of_m, of_v = (cell.read(dtype).reshape(p.shape[0], -1) for cell in (m, v))
-        of_m = WORDS[group["precision"]].rotate_back(of_m, turn_l, turn_r)
-        of_v = of_v if order_l is None else of_v[order_l]
-        of_v = of_v if order_r is None else of_v[:, order_r]
+        of_m = WORDS[group["precision"]].rotate_back(of_m, turns.get("left"), turns.get("right"))
+        for dim, side in enumerate(("left", "right")):
+            if side in orders:
+                of_v = of_v.index_select(dim, orders[side])
         return [(m, of_m.view(p.shape)), (v, of_v.view(p.shape))]
