@@ -85,12 +85,14 @@ def run(
     return optimizer, params
 
 
-def assert_near(ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: float) -> None:
-    """Equal relative to each element, or to the largest one of the tensor where elements cancel."""
+def assert_near(
+    ours: torch.Tensor, theirs: torch.Tensor, what: str, tolerance: float, start: torch.Tensor | None = None
+) -> None:
+    """Equal relative to each element, or to the largest one of the tensor, and of its start, where elements cancel."""
     assert ours.dtype == theirs.dtype
     assert ours.shape == theirs.shape
     if ours.numel():
-        scale = theirs.detach().abs().max().item()
+        scale = max(x.detach().abs().max().item() for x in (theirs, start) if x is not None)
         torch.testing.assert_close(
             ours.detach(), theirs.detach(), rtol=tolerance, atol=tolerance * scale,
             msg=lambda text: f"{what}: {text}", check_stride=True,
@@ -107,8 +109,8 @@ def test_kernels_do_what_eager_torch_does(case: Case, data: st.DataObject) -> No
     ours, our_params = run(case, setting, backend="numba")
     theirs, their_params = run(case, setting, backend="reference")
     tolerance = 1e-12 if setting.dtype == torch.float64 else 16 * torch.finfo(torch.float32).eps
-    for i, (p, q) in enumerate(zip(our_params, their_params, strict=True)):
-        assert_near(p, q, f"parameter {i}", tolerance)
+    for i, (p, q, start) in enumerate(zip(our_params, their_params, setting.parameters(), strict=True)):
+        assert_near(p, q, f"parameter {i}", tolerance, start)
         assert set(ours.state[p]) == set(theirs.state[q])
         for key, value in theirs.state[q].items():
             assert_near(ours.state[p][key], value, f"{key} of {i}", tolerance)
@@ -122,8 +124,8 @@ def test_foreach_does_what_eager_torch_does(case: Case, data: st.DataObject) -> 
     _, our_params = run(case, setting, backend="foreach")
     _, their_params = run(case, setting, backend="reference")
     tolerance = 1e-12 if setting.dtype == torch.float64 else 16 * torch.finfo(torch.float32).eps
-    for i, (p, q) in enumerate(zip(our_params, their_params, strict=True)):
-        assert_near(p, q, f"parameter {i}", tolerance)
+    for i, (p, q, start) in enumerate(zip(our_params, their_params, setting.parameters(), strict=True)):
+        assert_near(p, q, f"parameter {i}", tolerance, start)
 
 
 @every_case

@@ -66,12 +66,13 @@ def of_rule(
 ) -> Kernel:
     """The kernel of the third step of an optimizer, with its default settings if there are no others."""
     optimizer = cls([p := torch.nn.Parameter(torch.ones(3))], **settings)
-    rule, group = optimizer._rule, optimizer.param_groups[0]
+    optimizer._make_state(p, group := optimizer.param_groups[0])
+    rule = optimizer._rule
     variant = rule.variant(group, p)
     hyper = rule.unpack(np.array([rule.numbers(group)]).T)
     composed = rule.pieces(hyper)
     formula, scalars = rule.trace(variant, composed)
-    kept = {n: np.array([group[v] if isinstance(v, str) else v]) for n, v in rule.scalar_states.items()}
+    kept = {name: optimizer.state[p][name].reshape(1).numpy() for name in rule.scalar_states}
     kept |= {"step": np.array([2.0])} if rule.has_step else {"first": np.array([False])}
     kept |= rule.given(p)
     values = {n: float(np.asarray(v).reshape(-1)[0]) for n, v in rule.finish(hyper, kept, needed=scalars).items()}
