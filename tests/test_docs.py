@@ -168,7 +168,10 @@ def test_commands_parse(line: str, output: str, monkeypatch: pytest.MonkeyPatch)
 def sections() -> dict[str, str]:
     """The sections of docs/optimizers.md by heading."""
     text = (ROOT / "docs" / "optimizers.md").read_text(encoding="utf-8")
-    return {part.partition("\n")[0]: part for part in text.split("\n## ")[1:]}
+    parts = text.split("\n## ")[1:]
+    found = {part.partition("\n")[0]: part for part in parts}
+    assert len(found) == len(parts), "a heading is there twice"
+    return found
 
 
 @pytest.mark.parametrize("cls", [*optim.RULES, *optim.OF_ANOTHER_KIND], ids=lambda cls: cls.__name__)
