@@ -279,6 +279,28 @@ def show(
 
 
 @app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="An optimizer of schuss, or module:Class for one of yours.")],
+) -> None:
+    """What an optimizer is: formula, hyperparameters, when to use it, its cost, its source and its trap."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from schuss import explain as explaining
+
+    sys.path.insert(0, "")  # module:Class is looked for in this folder, as `python -m` does
+    with bad_values():
+        page = explaining.explain(name)
+    console = Console()
+    if not console.is_terminal:
+        print(page.to_markdown(), end="")
+        return
+    console.print(Markdown(page.head), "")
+    print(f"{page.formula}\n" if page.formula else "", end="")  # as wide as it is
+    console.print(Markdown(page.body))
+
+
+@app.command()
 def plan(
     model: Annotated[
         str,

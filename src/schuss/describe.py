@@ -28,6 +28,7 @@ from schuss.rule import Rule
 
 SYMBOLS = {
     "lr": "gamma",
+    "gamma": "gamma_c",
     "eps": "epsilon",
     "weight_decay": "lambda",
     "momentum": "mu",
@@ -44,8 +45,20 @@ class Row:
     name: str
     summary: str
     state_bytes: int
-    """Bytes of state per float32 element, with the default hyperparameters; not those of rows and columns."""
+    """Bytes of state per float32 element, with the default hyperparameters; only of states that are like the element's
+    parameter."""
     source: str
+    beside: tuple[str, ...] = ()
+    """What a parameter has beside them: "rows", a number for each row or column, or "squares", square matrices with its
+    sides."""
+
+    @property
+    def state(self) -> str:
+        """All of it in words, as `schuss list` shows it: "8 + squares"."""
+        return " + ".join([str(self.state_bytes), *self.beside])
+
+
+_BESIDE = {"columns": "rows", "left": "squares", "right": "squares"}
 
 
 def table() -> list[Row]:
@@ -53,10 +66,10 @@ def table() -> list[Row]:
     rows = []
     for cls in (*optim.RULES, *optim.OF_ANOTHER_KIND):
         rule, group = _declared(cls, {})
-        states = sum(state.like == "p" for state in rule.present(rule.variant(group)))
-        if issubclass(cls, optim.LBFGS):
-            states = cls.vectors_kept(group)
-        rows.append(Row(cls.__name__, summary(cls), 4 * states, cls.source))
+        likes = ["squares" if callable(s.like) else s.like for s in rule.present(rule.variant(group))]
+        states = cls.vectors_kept(group) if issubclass(cls, optim.LBFGS) else likes.count("p")
+        beside = dict.fromkeys(_BESIDE.get(like, like) for like in likes if like != "p")
+        rows.append(Row(cls.__name__, summary(cls), 4 * states, cls.source, tuple(beside)))
     return rows
 
 
@@ -120,7 +133,7 @@ def kernels(
     Raises:
         ValueError: the back end has none for this rule.
     """
-    optimizer, p = _example(cls, settings, dtype)
+    optimizer, p = example(cls, settings, dtype)
     rule, group = optimizer._rule, optimizer.param_groups[0]
     variant = rule.variant(group, p)
     there = {n: rule.states[n] for n, exists in rule.letters(variant).items() if exists}
@@ -218,14 +231,17 @@ def show(
             [cls.scalars, cls.rule] if "scalars" in vars(cls) or cls.scalars is not Optimizer.scalars else [cls.rule]
         )
         return "\n".join(textwrap.dedent(inspect.getsource(part)) for part in parts).rstrip()
-    longer, equations = formulas(cls, settings)
     if latex:
+        longer, equations = formulas(cls, settings)
         return "\n".join(rf"{sympy.latex(e)} \\" for e in (*longer, *equations))
-    written = [
-        "\n".join("  " + line for line in sympy.pretty(e, use_unicode=True, wrap_line=False).splitlines())
-        for e in map(_with_words, (*longer, *equations))
-    ]
-    return "\n\n".join([f"{cls.__name__}: {summary(cls)}", *written, f"Source: {cls.source}"])
+    equations_ = [textwrap.indent(text, "  ") for text in written(cls, settings)]
+    return "\n\n".join([f"{cls.__name__}: {summary(cls)}", *equations_, f"Source: {cls.source}"])
+
+
+def written(cls: type[Optimizer], settings: Mapping[str, Any]) -> list[str]:
+    """An optimizer's formula as equations in text, each of several lines."""
+    longer, equations = formulas(cls, settings)
+    return [sympy.pretty(e, use_unicode=True, wrap_line=False) for e in map(_with_words, (*longer, *equations))]
 
 
 def formulas(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[list[sympy.Eq], list[sympy.Eq]]:
@@ -276,16 +292,18 @@ def _shared(formula: Formula) -> dict[Expr, str]:
 
 
 def _declared(cls: type[Optimizer], settings: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    optimizer, _ = _example(cls, settings)
+    optimizer, _ = example(cls, settings)
     return optimizer._rule, optimizer.param_groups[0]
 
 
-def _example(
-    cls: type[Optimizer], settings: Mapping[str, Any], dtype: torch.dtype = torch.float32
+def example(
+    cls: type[Optimizer],
+    settings: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    side: int = math.isqrt(SMALLEST_BLOCKWISE),
 ) -> tuple[Optimizer, torch.Tensor]:
     """An optimizer of one parameter that it takes, a matrix if it can be, and this parameter."""
-    side = math.isqrt(SMALLEST_BLOCKWISE)
-    shapes = [(side, side), (SMALLEST_BLOCKWISE,), *((side, side, *[1] * more) for more in range(1, 9))]
+    shapes = [(side, side), (side * side,), *((side, side, *[1] * more) for more in range(1, 9))]
     p = next(q for shape in shapes if cls.takes(q := torch.empty(shape, dtype=dtype, device="meta")))
     return cls([p], **settings), p
 
