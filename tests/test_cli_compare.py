@@ -27,18 +27,78 @@ def test_prints_the_ranking_and_writes_page_and_numbers(tmp_path: Path) -> None:
     for run in document["runs"]:
         assert (run["lr"], len(run["test_loss"])) == (0.01, 2)
         final[run["optimizer"]] = final.get(run["optimizer"], 0) + 50 * run["test_accuracy"][-1]
-    assert [run["seed"] for run in document["runs"]] == [0, 0, 7, 7]
+    assert [run["seed"] for run in document["runs"]] == [0, 7, 0, 7]
     rows = [line.split() for line in result.stdout.splitlines() if line[:2] in ("1 ", "2 ")]
     ranked = sorted(final, key=lambda name: -final[name])
     assert [row[:4] for row in rows] == [[str(i + 1), n, "0.01", f"{final[n]:.2f}"] for i, n in enumerate(ranked)]
     assert f"Report: {out / 'compare.html'}" in result.stdout
+    names = {"compare.html", "compare.json", "standings.csv", "runs.csv", "curves.csv", "runs.sqlite"}
+    assert {file.name for file in out.iterdir()} == names
 
 
-def test_a_diverged_optimizer_is_marked(tmp_path: Path) -> None:
-    arguments = ["compare", "--optimizers", "torch:SGD", "--lrs", "1e30", "--epochs", "1", "--seeds", "1"]
-    result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+def test_called_again_it_takes_what_is_there(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--seeds", "1", "--out", str(tmp_path)]
+    first = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(app, arguments)
+    line = f"Taken from {tmp_path / 'runs.sqlite'}: 2 of 2 runs; delete it to train them again.\n"
+    assert line not in first.stdout
+    assert again.stdout.replace(line, "") == first.stdout
+    other = CliRunner().invoke(app, [*arguments, "--store", str(tmp_path / "other")])
+    assert "Taken from" not in other.stdout
+    assert (tmp_path / "other").exists()
+
+
+def test_workloads_of_ones_own_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the folder where one is; with what the command line prints of two."""
+    (tmp_path / "here.py").write_text("from small_workloads import plane, ravine, Seen as Mine\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "here", raising=False)
+    arguments = ["compare", "--workload", "here:plane,here:ravine", "--workload", "quadratic_deep", "--epochs", "2"]
+    arguments += [
+        "--optimizers",
+        "AdamW,here:Mine",
+        "--seeds",
+        "2",
+        "--jobs",
+        "2",
+        "--lrs",
+        "0.03,0.1",
+        "--extend",
+        "0",
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for name in ("here:plane", "here:ravine", "quadratic_deep"):
+        assert f"\n{name}: " in f"\n{result.stdout}"
+    assert "All 3 workloads, performance profiles" in result.stdout
+    document = json.loads(Path("out/compare.json").read_text(encoding="utf-8"))
+    assert [run["status"] for run in document["runs"]] == ["finished"] * 24
+    expected = "schuss compare --workload here:plane,here:ravine,quadratic_deep --optimizers AdamW,here:Mine "
+    assert document["command"] == f"{expected}--lrs 0.03,0.1 --epochs 2 --extend 0 --seeds 2 --threads 1"
+
+
+def test_ctrl_c_prints_what_there_is_and_exits_with_130(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from schuss.lab import compare as module
+
+    calls, attempt = [], module.attempt
+
+    def interrupted(*arguments: object, **options: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return attempt(*arguments, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "attempt", interrupted)
+        result = CliRunner().invoke(app, [*SMALL, "--seeds", "2", "--out", str(tmp_path)])
+    assert result.exit_code == 130
+    assert "Interrupted: 1 of 4 runs; means are over the seeds that are there." in result.stdout
+    assert "The same command goes on from here." in result.stdout
+    assert len(json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]) == 1
+    result = CliRunner().invoke(app, [*SMALL, "--seeds", "2", "--out", str(tmp_path)])
     assert result.exit_code == 0
-    assert "Diverged: torch:SGD at lr 1e+30 (1 of 1 runs)." in result.stdout
+    assert "1 of 4 runs" in result.stdout
 
 
 @pytest.mark.parametrize(("seeds", "expected"), [("2", [0, 1]), ("7,", [7]), ("3, 1,3", [3, 1])])
@@ -69,6 +129,11 @@ def test_optimizers_may_be_repeated(tmp_path: Path) -> None:
         (["--optimizers", "torch:SGD", "--seeds", "0"], "--seeds must be a count of at least 1 or integers"),
         (["--optimizers", "torch:SGD", "--seeds", "1,-2"], "--seeds must be a count of at least 1 or integers"),
         (["--optimizers", "torch:SGD", "--seeds", ""], "--seeds must be a count of at least 1 or integers"),
+        (["--workload", "digit"], "unknown workload 'digit': did you mean 'digits'?"),
+        (["--workload", ","], "at least one workload is needed"),
+        (["--optimizers", "no_such_module:SGD"], "cannot import 'no_such_module'"),
+        (["--warmup", "1"], "compare: warmup must be in [0, 1), got 1"),
+        (["--jobs", "0"], "'--jobs'"),
         (["--epochs", "0"], "'--epochs'"),
         (["--epoch", "1"], "--epochs"),
     ],
@@ -100,6 +165,17 @@ def test_a_file_in_the_place_of_the_folder_is_reported_before_training(
     assert taken.read_text() == "kept"
 
 
+def test_a_file_that_is_no_store_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "file"
+    taken.write_text("kept")
+    with pytest.raises(SystemExit) as ended:
+        main([*SMALL, "--out", str(tmp_path / "out"), "--store", str(taken)])
+    assert ended.value.code == 2
+    error = f"schuss: Invalid value: cannot use {taken} as a store of runs: file is not a database; name another file\n"
+    assert capsys.readouterr().err == error
+    assert taken.read_text() == "kept"
+
+
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in (["--version"], __version__), ([], "compare"), (["--help"], "compare"):
         with pytest.raises(SystemExit) as ended:
@@ -112,7 +188,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("missing", ["typer", "rich", "plotly", "sklearn"])
+@pytest.mark.parametrize("missing", ["typer", "rich", "plotly", "scipy", "sklearn"])
 def test_without_the_lab_extra_one_line_says_how_to_install_it(missing: str) -> None:
     result = python(
         f"import sys; sys.modules[{missing!r}] = None; sys.argv = ['schuss', 'compare']; "

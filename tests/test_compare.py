@@ -1,21 +1,36 @@
 """Training runs, their ranking, and the report on them."""
 
+import csv
 import json
 import math
+import os
+import random
 import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import small_workloads as small
 from schuss import optim
 from schuss.lab import report
-from schuss.lab.candidate import DEFAULT_NAMES, candidates
-from schuss.lab.compare import Run, compare, train
-from schuss.lab.ranking import Mean, rank, remarks, table, tied
-from schuss.lab.workload import Workload
+from schuss.lab.candidate import DEFAULT_NAMES, Candidate, candidates
+from schuss.lab.compare import Comparison, Run, compare, extended, train
+from schuss.lab.ranking import Goal, Mean, aligned, header, means, rank, remarks, table
+from schuss.lab.store import Store
+from schuss.lab.workload import Task, Workload
 from schuss.lab.workloads import find
 
 
@@ -34,17 +49,26 @@ def workload() -> Workload:
 
 
 @pytest.fixture(scope="module")
-def runs(workload: Workload) -> list[Run]:
-    return list(compare(workload, candidates(["torch:SGD", "torch:AdamW"], [0.003, 0.03]), seeds=[0, 1], epochs=2))
+def compared() -> Comparison:
+    return compare("digits", ["torch:SGD", "torch:AdamW"], lrs=[0.003, 0.03], seeds=2, epochs=2, extend=0)
+
+
+@pytest.fixture(scope="module")
+def runs(compared: Comparison) -> list[Run]:
+    return compared.runs
 
 
 def untimed(run: Run) -> Run:
-    return replace(run, step_ms=0.0, train_step_ms=0.0)
+    return replace(run, step_ms=0.0, train_step_ms=0.0, seconds=())
+
+
+ACCURACY = Goal("digits", "Digits.", "accuracy", "higher", 0.95, 2, 46, 64, 6058)
+LOSS = replace(ACCURACY, workload="line", metric="loss", better="lower", target=0.3)
 
 
 def made(optimizer: str, lr: float, accuracy: float, *, seed: int = 0, loss: float = 0.5) -> Run:
     test = {"loss": (2.3, loss), "accuracy": (0.1, accuracy)}
-    return Run(optimizer, lr, seed, (2.3, loss), test, step_ms=0.25, train_step_ms=1.5)
+    return Run(optimizer, lr, seed, (2.3, loss), test, 0.25, 1.5, "digits", (0, 23), (0.0, 0.2))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -61,6 +85,29 @@ def test_same_seed_same_run_whatever_the_global_random_state(workload: Workload)
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_generators_of_python_and_numpy_are_seeded_for_a_run_and_go_on_after_it() -> None:
+    drawn = []
+
+    def noisy(seed: int) -> Task:
+        task = small.plane(seed)
+
+        def loss(model: torch.nn.Module, batch: object) -> torch.Tensor:
+            drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+            return task.loss(model, batch)
+
+        return replace(task, loss=loss)
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    [candidate] = candidates(["torch:SGD"])
+    for seed in (5, 5, 6):
+        train(Workload.of(noisy), candidate, 0.01, seed=seed, epochs=1)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    assert drawn[:4] == drawn[4:8]
+    assert all(
+        a != b for first, other in zip(drawn[:4], drawn[8:], strict=True) for a, b in zip(first, other, strict=True)
+    )
+
+
 def test_training_is_the_textbook_loop(workload: Workload) -> None:
     [candidate] = candidates(["torch:SGD"])
     run = train(workload, candidate, 0.03, seed=5, epochs=2)
@@ -74,7 +121,44 @@ def test_training_is_the_textbook_loop(workload: Workload) -> None:
             optimizer.step()
             schedule.step()
     assert {name: values[-1] for name, values in run.test.items()} == pytest.approx(task.scores(optimizer), rel=1e-5)
-    assert (len(run.train_loss), len(run.test_loss)) == (2 * 23, 3)
+    assert (len(run.train_loss), len(run.test_loss), run.steps) == (2 * 23, 3, (0, 23, 46))
+    assert 0 == run.seconds[0] < run.seconds[1] < run.seconds[2]
+
+
+def test_the_rate_of_every_group_falls_linearly_to_zero_after_a_warm_up() -> None:
+    seen = Candidate("seen", small.Seen, (0.1,))
+    train(Workload.of(small.plane), seen, 0.1)
+    assert [rate for [rate] in small.LAST] == pytest.approx([0.1 * (1 - t / 16) for t in range(16)])
+    train(Workload.of(small.plane), seen, 0.1, warmup=0.25)
+    rise, fall = [0.025, 0.05, 0.075, 0.1], [0.1 * (1 - t / 12) for t in range(12)]
+    assert [rate for [rate] in small.LAST] == pytest.approx(rise + fall)
+
+    def two(model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+        weight, bias = model.parameters()
+        return small.Seen([{"params": [weight]}, {"params": [bias], "lr": 10 * lr}], lr=lr)
+
+    train(Workload.of(small.plane), Candidate("two", two, (0.01,)), 0.01)
+    assert [high / low for low, high in small.LAST] == pytest.approx([10] * 16)
+
+
+def test_an_optimizer_that_averages_keeps_its_rate() -> None:
+    """Schedule-Free's average is what it has in the place of a schedule."""
+
+    def run_by_hand(factor: bool) -> float:
+        task = small.plane(3)
+        optimizer = optim.ScheduleFreeSGD(task.model.parameters(), lr=0.05)
+        for t in range(16):
+            optimizer.zero_grad()
+            task.loss(task.model, task.batches[t % 4]).backward()  # type: ignore[index]
+            if factor:
+                optimizer.param_groups[0]["lr"] = 0.05 * (1 - t / 16)
+            optimizer.step()
+        return task.scores(optimizer)["loss"]
+
+    for candidate in (*candidates(["ScheduleFreeSGD"]), Candidate("mine", small.averaging, (0.05,))):
+        run = train(Workload.of(small.plane), candidate, 0.05, seed=3)
+        assert run.test_loss[-1] == pytest.approx(run_by_hand(False), rel=1e-6)
+        assert run.test_loss[-1] != pytest.approx(run_by_hand(True), rel=1e-3)
 
 
 def test_every_optimizer_starts_from_the_same_weights_and_batch(runs: list[Run]) -> None:
@@ -85,8 +169,8 @@ def test_every_optimizer_starts_from_the_same_weights_and_batch(runs: list[Run])
     assert len({run.train_loss[0] for run in runs}) == 2
 
 
-def test_torch_and_schuss_take_the_same_path(workload: Workload) -> None:
-    ours, theirs = compare(workload, candidates(["AdamW", "torch:AdamW"], [0.003]), seeds=[2], epochs=1)
+def test_torch_and_schuss_take_the_same_path() -> None:
+    ours, theirs = compare("digits", ["AdamW", "torch:AdamW"], lrs=[0.003], seeds=[2], epochs=1).runs
     assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-3)
     assert ours.test_loss[-1] == pytest.approx(theirs.test_loss[-1], rel=1e-3)
 
@@ -97,20 +181,12 @@ def test_training_learns(runs: list[Run]) -> None:
 
 
 def test_a_run_that_diverges_stops_and_says_so(workload: Workload) -> None:
-    [candidate] = candidates(["torch:SGD"], [1e30])
-    [run] = compare(workload, [candidate], epochs=2)
+    [candidate] = candidates(["torch:SGD"])
+    run = train(workload, candidate, 1e30, epochs=2)
     assert run.diverged
     assert len(run.train_loss) < 23
     assert not math.isfinite(run.train_loss[-1])
-    assert len(run.test_loss) == 1
-
-
-@pytest.mark.parametrize("name", ["torch:LBFGS", "torch:Muon", "Muon"])
-def test_an_optimizer_that_cannot_train_the_workload_is_refused_before_the_first_run(
-    workload: Workload, name: str
-) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} cannot train the digits workload: "):
-        compare(workload, candidates([name]))
+    assert len(run.test_loss) == len(run.steps) == 1
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
@@ -141,6 +217,26 @@ def test_sgd_has_nesterov_momentum() -> None:
     assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.9, True)
 
 
+def test_anybodys_optimizers_by_name_and_as_objects() -> None:
+    named = candidates(["small_workloads:Seen", "small_workloads:unchanged"], [0.1])
+    assert [candidate.build for candidate in named] == [small.Seen, small.unchanged]
+    given = candidates([small.Seen, torch.optim.AdamW, optim.Lion, named[1]], [0.2])
+    assert [candidate.name for candidate in given] == ["Seen", "torch:AdamW", "Lion", "small_workloads:unchanged"]
+    assert {candidate.lrs for candidate in given} == {(0.2,)}
+    assert candidates([small.Seen])[0].lrs == (0.0003, 0.001, 0.003)
+    assert candidates([optim.Lion])[0] == candidates(["Lion"])[0]
+
+
+def test_a_function_of_the_model_gets_the_model() -> None:
+    [candidate] = candidates(["small_workloads:both"])
+    model = torch.nn.Linear(4, 1)
+    optimizer = candidate.for_model(model, 0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1.0]
+    assert optimizer.param_groups[0]["params"][0] is model.weight
+    [plain] = candidates(["small_workloads:unchanged"], [0.1])
+    assert plain.for_model(model, 0.1).param_groups[0]["params"] == [*model.parameters()]
+
+
 @pytest.mark.parametrize(
     ("names", "lrs", "message"),
     [
@@ -153,9 +249,15 @@ def test_sgd_has_nesterov_momentum() -> None:
         (["torch:SGD"], [0.1, 0.0], "lr must be in (0, inf), got 0"),
         (["torch:SGD"], [math.nan], "lr must be in (0, inf), got nan"),
         (["torch:SGD"], [math.inf], "lr must be in (0, inf), got inf"),
+        (["torch:optim.SGD"], None, "unknown optimizer 'torch:optim.SGD': did you mean 'torch:"),
+        (["small_workloads:Sean"], None, "module 'small_workloads' has no 'Sean': did you mean 'Seen'?"),
+        (["no_such_module:SGD"], None, "cannot import 'no_such_module': ModuleNotFoundError: "),
+        (["small_workloads:X"], None, "small_workloads:X must be an optimizer's class or a function, got Tensor"),
+        (["small_workloads:unchanged"], None, "small_workloads:unchanged has no default learning rate: give some, as "),
+        ([small.Seen, Candidate("Seen", small.Tired, (0.1,))], None, "two optimizers are called 'Seen': "),
     ],
 )
-def test_bad_candidates(names: list[str], lrs: list[float] | None, message: str) -> None:
+def test_bad_candidates(names: list[Any], lrs: list[float] | None, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         candidates(names, lrs)
 
@@ -170,23 +272,33 @@ def test_mean_and_standard_error() -> None:
     assert math.isnan(Mean.of([0.9]).error)
 
 
-def test_ranked_by_accuracy_at_the_best_lr_then_by_loss() -> None:
-    standings = rank(
-        [
-            made("A", 0.1, 0.95),
-            made("A", 0.2, 0.80),
-            made("B", 0.1, 0.90),
-            made("B", 0.2, 0.97),
-            made("C", 0.1, 0.95, loss=0.4),
-            made("D", 0.1, 0.99, loss=math.nan),
-        ]
-    )
+RUNS = [
+    made("A", 0.1, 0.95),
+    made("A", 0.2, 0.80),
+    made("B", 0.1, 0.90),
+    made("B", 0.2, 0.97),
+    made("C", 0.1, 0.95, loss=0.4),
+    made("D", 0.1, 0.99, loss=math.nan),
+]
+
+
+def test_ranked_by_the_metric_at_the_best_lr_then_by_loss() -> None:
+    standings = rank(RUNS, ACCURACY)
     assert [(s.rank, s.optimizer, s.best.lr) for s in standings] == [
         (1, "B", 0.2),
         (2, "C", 0.1),
         (3, "A", 0.1),
         (4, "D", 0.1),
     ]
+    lower = rank(RUNS, replace(ACCURACY, better="lower"))
+    assert [(s.optimizer, s.best.lr) for s in lower] == [("A", 0.2), ("B", 0.1), ("C", 0.1), ("D", 0.1)]
+    by_loss = rank(RUNS, LOSS)
+    assert [s.optimizer for s in by_loss] == ["C", "A", "B", "D"]
+
+
+def test_a_metric_that_is_not_finite_has_diverged_though_the_loss_has_not() -> None:
+    run = made("A", 0.1, math.nan)
+    assert (run.diverged, ACCURACY.status(run), LOSS.status(run)) == (False, "diverged", "finished")
 
 
 def test_equal_means_are_equal_however_they_are_summed() -> None:
@@ -194,49 +306,439 @@ def test_equal_means_are_equal_however_they_are_summed() -> None:
     assert Mean.of(thirds).value != Mean.of(tenths).value
     runs = [made("A", 0.1, value, seed=i, loss=0.5) for i, value in enumerate(thirds)]
     runs += [made("B", 0.1, value, seed=i, loss=0.4) for i, value in enumerate(tenths)]
-    assert [standing.optimizer for standing in rank(runs)] == ["B", "A"]
+    standings = rank(runs, ACCURACY)
+    assert [standing.optimizer for standing in standings] == ["B", "A"]
+    assert [standing.p for standing in standings] == [None, 1.0]
 
 
-def test_a_learning_rate_at_which_any_seed_diverged_is_not_the_best() -> None:
+def test_a_learning_rate_at_which_any_seed_diverged_or_failed_is_not_the_best() -> None:
     runs = [made("A", 0.1, 0.6), made("A", 0.1, 0.6, seed=1), made("A", 0.2, 0.9)]
-    runs.append(made("A", 0.2, 0.9, seed=1, loss=math.inf))
-    [standing] = rank(runs)
-    assert standing.best.lr == 0.1
-    assert [trial.diverged for trial in standing.trials] == [0, 1]
+    for last in (made("A", 0.2, 0.9, seed=1, loss=math.inf), Run.failed("digits", "A", 0.2, 1, "no")):
+        [standing] = rank([*runs, last], ACCURACY)
+        assert standing.best.lr == 0.1
+        assert [trial.finished for trial in standing.trials] == [True, False]
+        assert standing.failed is None
 
 
 @pytest.mark.parametrize(
     ("accuracies", "edge"),
-    [([0.9, 0.8, 0.7], "smallest"), ([0.7, 0.9, 0.8], None), ([0.7, 0.8, 0.9], "largest"), ([0.9], None)],
+    [
+        ([0.9, 0.8, 0.7], "smallest"),
+        ([0.7, 0.9, 0.8], None),
+        ([0.7, 0.8, 0.9], "largest"),
+        ([0.9], None),
+        ([math.nan, math.nan], "smallest"),
+    ],
 )
 def test_edge_of_the_grid(accuracies: list[float], edge: str | None) -> None:
-    [standing] = rank([made("A", 0.1 * (i + 1), accuracy) for i, accuracy in enumerate(accuracies)])
+    [standing] = rank([made("A", 0.1 * (i + 1), accuracy) for i, accuracy in enumerate(accuracies)], ACCURACY)
     assert standing.edge == edge
 
 
-def test_tied_within_two_standard_errors_of_the_difference() -> None:
-    def seeds(optimizer: str, *accuracies: float) -> list[Run]:
-        return [made(optimizer, 0.1, accuracy, seed=i) for i, accuracy in enumerate(accuracies)]
+@pytest.mark.parametrize(
+    ("grid", "smallest", "largest"),
+    [((0.003, 0.01, 0.03), 0.001, 0.1), ((0.1, 0.3, 1.0), 0.03, 3.0), ((1e-4, 1e-3), 1e-5, 1e-2), ((1, 2, 4), 0.5, 8)],
+)
+def test_a_grid_goes_on_as_it_is(grid: tuple[float, ...], smallest: float, largest: float) -> None:
+    assert extended(grid, "smallest") == (smallest, *grid)
+    assert extended(grid, "largest") == (*grid, largest)
 
-    # Both errors are 0.01, so two standard errors of a difference are 0.0283.
-    standings = rank([*seeds("A", 0.94, 0.96), *seeds("B", 0.912, 0.932), *seeds("C", 0.911, 0.931)])
-    assert [standing.optimizer for standing in tied(standings)] == ["B"]
-    assert tied(rank([made("A", 0.1, 0.9), made("B", 0.1, 0.9)])) == []
+
+def seeds(optimizer: str, *accuracies: float) -> list[Run]:
+    return [made(optimizer, 0.1, accuracy, seed=i) for i, accuracy in enumerate(accuracies)]
+
+
+def test_who_can_be_told_apart_from_the_first() -> None:
+    first = [0.95, 0.96, 0.97, 0.95, 0.96]
+    runs = [*seeds("A", *first), *seeds("B", *(x - 0.1 + 0.001 * i for i, x in enumerate(first)))]
+    runs += seeds("C", 0.99, 0.80, 0.95, 0.95, 0.97)
+    standings = rank(runs, ACCURACY)
+    assert [(s.optimizer, s.tied) for s in standings] == [("A", False), ("C", True), ("B", False)]
+    assert standings[2].p is not None
+    assert standings[2].p < 0.001
+    assert "Not told apart from A by a paired t test over seeds, corrected for all pairs, at 5 %: C." in remarks(
+        standings
+    )
+    [line] = [line for line in remarks(rank(runs[:10], ACCURACY)) if "told apart" in line]
+    assert line.startswith("A is told apart from each of the others")
+
+
+def test_one_seed_says_nothing() -> None:
+    standings = rank([made("A", 0.1, 0.9), made("B", 0.1, 0.1)], ACCURACY)
+    assert [s.p for s in standings] == [None, None]
+    assert "From one seed it cannot be said that one optimizer is better than another: see --seeds." in remarks(
+        standings
+    )
+
+
+def test_the_target_is_reached_by_the_median_of_the_seeds() -> None:
+    def run(seed: int, *losses: float) -> Run:
+        steps = tuple(range(0, 10 * len(losses), 10))
+        return Run("A", 0.1, seed, losses, {"loss": losses}, 1, 1, "line", steps, tuple(0.5 * s for s in steps))
+
+    reached = [run(0, 1.0, 0.3, 0.4), run(1, 1.0, 0.9, 0.2), run(2, 1.0, 0.9, 0.8)]
+    [standing] = rank(reached, LOSS)
+    assert [LOSS.reached(one) for one in reached] == [1, 2, None]
+    assert (standing.best.steps_to_target, standing.best.seconds_to_target, standing.best.reached) == (20, 10, 2)
+    assert table([standing])[0][5:7] == ("20 (2 of 3)", "10.00")
+    [standing] = rank([*reached[1:], run(3, 1.0, 0.9, 0.8)], LOSS)
+    assert math.isinf(standing.best.steps_to_target)
+    assert table([standing])[0][5:7] == ("- (1 of 3)", "-")
+    [standing] = rank([run(2, 1.0, 0.9)], LOSS)
+    assert (
+        remarks([standing])[-1] == "No run has reached the target, loss ≤ 0.3: take more --epochs, or another target."
+    )
 
 
 def test_table_and_remarks() -> None:
     runs = [made("A", 0.1, 0.90), made("A", 0.1, 0.94, seed=1, loss=0.7), made("A", 0.2, 0.5), made("A", 0.2, 0.5)]
     runs += [made("B", 0.003, 0.9, loss=math.nan), made("B", 0.003, 0.9, seed=1)]
-    standings = rank(runs)
+    runs += [Run.failed("digits", "C", 0.1, seed, "TypeError: no") for seed in (0, 1)]
+    standings = rank(runs, ACCURACY)
     assert table(standings) == [
-        ("1", "A", "0.1", "92.00 ± 2.00", "0.600 ± 0.100", "0.250", "1.50"),
-        ("2", "B", "-", "diverged", "-", "0.250", "1.50"),
+        ("1", "A", "0.1", "92.00 ± 2.00", "0.60 ± 0.10", "-", "-", "-", "0.250", "1.50"),
+        ("2", "B", "-", "diverged", "-", "-", "-", "-", "0.250", "1.50"),
+        ("3", "C", "-", "failed", "-", "-", "-", "-", "-", "-"),
     ]
+    assert [len(row) for row in table(standings)] == [len(header(ACCURACY))] * 3
     assert remarks(standings) == [
         "Best lr at the edge of its grid, so a better one may lie beyond (see --lrs): A (0.1, smallest).",
+        "Larger budgets, learning rates where others got 1: A (2).",
         "Diverged: B at lr 0.003 (1 of 2 runs).",
+        "C failed: TypeError: no",
+        "No run has reached the target, accuracy ≥ 95 %: take more --epochs, or another target.",
     ]
-    assert table(rank([made("A", 0.1, 0.9)])) == [("1", "A", "0.1", "90.00", "0.500", "0.250", "1.50")]
+    [row] = table(rank([made("A", 0.1, 0.95)], ACCURACY))
+    assert row == ("1", "A", "0.1", "95.00", "0.5000", "-", "23", "0.20", "0.250", "1.50")
+    assert len(header(LOSS)) == len(header(ACCURACY)) - 1
+
+
+def test_digits_of_a_column_are_those_of_a_typical_error() -> None:
+    nan = math.nan
+    assert means([Mean(1.2345, 0.012), Mean(20.0, 0.03)], percent=False) == ["1.234 ± 0.012", "20.000 ± 0.030"]
+    assert means([Mean(1234.5, 30.0)], percent=False) == ["1234 ± 30"]
+    assert means([Mean(1e-9, 1e-10), Mean(0.5, 0.1)], percent=False) == ["1e-09 ± 1e-10", "0.5 ± 0.1"]
+    assert means([Mean(0.0123456, nan)], percent=False) == ["0.01235"]
+    assert means([Mean(0.0, nan), Mean(0.0, 0.0)], percent=False) == ["0.000", "0.000 ± 0.000"]
+    assert means([Mean(0.98765, 0.001)], percent=True) == ["98.77 ± 0.10"]
+
+
+def test_columns_are_aligned() -> None:
+    shown = aligned(("#", "optimizer", "a\nlong one"), [("1", "A", "3.5"), ("10", "Bcd", "-")])
+    assert shown == "                      a\n #  optimizer  long one\n 1  A               3.5\n10  Bcd               -"
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"optimizers": ["torch:SGD", "AdamW"], "lrs": [0.01, 0.1], "seeds": 2}
+
+
+def numbers(comparison: Comparison) -> Any:
+    """All that is reported, without times."""
+
+    def pruned(value: Any) -> Any:
+        if isinstance(value, dict):
+            timed = [name for name in value if "seconds" in name or name.endswith("_ms")]
+            return {name: pruned(item) for name, item in value.items() if name not in timed}
+        return [pruned(item) for item in value] if isinstance(value, (list, tuple)) else repr(value)
+
+    return pruned(report.record(comparison))
+
+
+def test_two_comparisons_are_equal() -> None:
+    first, second = (compare(small.plane, **SMALL) for _ in range(2))
+    assert numbers(first) == numbers(second)
+    assert [row[:7] for row in table(first.results[0].standings)] == [
+        row[:7] for row in table(second.results[0].standings)
+    ]
+
+
+def test_an_edge_extends_the_grid_a_bounded_number_of_times() -> None:
+    """Of both in the same way: none of these rates is large enough."""
+    comparison = compare(small.plane, ["torch:SGD", "Adam"], lrs=[1e-5, 1e-4], seeds=1)
+    grids = {s.optimizer: [trial.lr for trial in s.trials] for s in comparison.results[0].standings}
+    assert grids == {"torch:SGD": [1e-5, 1e-4, 1e-3, 1e-2], "Adam": [1e-5, 1e-4, 1e-3, 1e-2]}
+    assert not any("Larger budgets" in line for line in comparison.results[0].remarks)
+    assert sum("Best lr at the edge" in line for line in comparison.results[0].remarks) == 1
+    assert len(comparison.runs) == comparison.total == 8
+    fixed = compare(small.plane, ["torch:SGD"], lrs=[1e-5, 1e-4], seeds=1, extend=0)
+    assert len(fixed.runs) == 2
+
+
+def test_an_optimizer_that_diverges_everywhere_is_tried_at_smaller_rates_and_shown() -> None:
+    comparison = compare(small.ravine, ["torch:SGD", "Lion"], lrs=[1e3, 1e4], seeds=1, epochs=30, extend=1)
+    [first, last] = comparison.results[0].standings
+    assert [trial.lr for trial in last.trials] == [100.0, 1e3, 1e4]
+    assert (last.optimizer, last.rank, table([last])[0][3]) == ("torch:SGD", 2, "diverged")
+    assert sum(run.diverged for run in comparison.runs) == 3
+    assert first.optimizer == "Lion"
+
+
+def test_several_workloads_and_their_profile() -> None:
+    comparison = compare([small.plane, small.ravine, "quadratic_deep"], **SMALL, epochs=2)
+    assert [result.goal.workload for result in comparison.results] == ["plane", "ravine", "quadratic_deep"]
+    for cost in ("steps", "seconds"):
+        profile = comparison.profile(cost)
+        for result, column in zip(comparison.results, zip(*profile.costs.values(), strict=True), strict=True):
+            best = {s.optimizer: s.best for s in result.standings}
+            for name, value in zip(profile.costs, column, strict=True):
+                assert value == getattr(best[name], f"{cost}_to_target")
+    assert "All 3 workloads, performance profiles" in str(comparison)
+    page = report.to_html(comparison)
+    for word in ("<h2>plane</h2>", "A plane through &lt;waves&gt; &amp; noise.", "<h2>All workloads</h2>"):
+        assert word in page
+
+
+def test_runs_that_raise_are_marked_and_the_others_go_on() -> None:
+    comparison = compare(small.plane, ["torch:SGD", "small_workloads:Tired"], lrs=[0.01, 0.1], seeds=2)
+    good, bad = comparison.results[0].standings
+    assert [s.optimizer for s in (good, bad)] == ["torch:SGD", "small_workloads:Tired"]
+    assert good.best.finished
+    assert bad.failed is not None
+    assert re.fullmatch(r"RuntimeError: no more steps: rest \[small_workloads.py:\d+\]", bad.failed)
+    assert f"small_workloads:Tired failed: {bad.failed}" in comparison.results[0].remarks
+    assert [run["status"] for run in report.run_rows(comparison)].count("failed") == 4
+    assert bad.failed in report.to_html(comparison)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch:LBFGS", "torch:LBFGS cannot train the plane workload: LBFGS needs a closure, for it evaluates"),
+        ("LBFGS", "LBFGS cannot train the plane workload: LBFGS needs a closure"),
+        ("small_workloads:Greedy", "small_workloads:Greedy cannot train the plane workload: Greedy needs a closure"),
+        ("small_workloads:wrapped", "small_workloads:wrapped cannot train the plane workload: SAM needs a closure"),
+        ("small_workloads:nothing", "small_workloads:nothing cannot train the plane workload: small_workloads:nothing "
+         "must build a torch.optim.Optimizer, got NoneType"),
+        ("torch:SparseAdam", "torch:SparseAdam cannot train the plane workload: SparseAdam does not support dense"),
+        ("Muon", "Muon cannot train the plane workload: Muon: its parameters must be matrices"),
+    ],
+)  # fmt: skip
+def test_an_optimizer_that_cannot_train_the_workload_is_said_before_the_first_run(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        Comparison(small.plane, [name])
+    comparison = compare(small.plane, [name, "torch:SGD"], lrs=[0.1], seeds=1)
+    assert (comparison.results[0].standings[1].failed or "").startswith(message)
+    assert comparison.results[0].standings[0].best.finished
+
+
+def broken(**changes: Any) -> Any:
+    def make(seed: int) -> Task:
+        return replace(small.plane(seed), **changes)
+
+    return make
+
+
+def raising(*_: object) -> Any:
+    raise RuntimeError("no\nfile")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workloads": raising}, "raising: the function raised RuntimeError: no file"),
+        ({"workloads": broken(loss=raising)}, "make: loss raised RuntimeError: no file"),
+        ({"workloads": broken(evaluate=raising)}, "make: evaluate raised RuntimeError: no file"),
+        ({"workloads": broken(loss=lambda m, b: m(b[0]).sum() * math.nan)}, "make: the loss of the first batch is nan"),
+        (
+            {"workloads": broken(model=torch.nn.ReLU())},
+            "make: the function raised ValueError: Task: the model has no par",
+        ),
+        ({"workloads": broken(metric="accuracy")}, "make: evaluate must give 'accuracy', got 'loss', 'error'"),
+        ({"workloads": small.endless}, "endless: the function must return a schuss.lab.workload.Task, got generator"),
+        ({"workloads": "digit"}, "unknown workload 'digit': did you mean 'digits'?"),
+        ({"workloads": ["small_workloads:plain"]}, "module 'small_workloads' has no 'plain': did you mean 'plane'?"),
+        ({"workloads": []}, "at least one workload is needed"),
+        ({"workloads": [small.plane, Workload("plane", "", small.ravine)]}, "two workloads are called 'plane'"),
+        ({"seeds": 0}, "seeds must be a count of at least 1 or integers in [0, inf), got 0"),
+        ({"seeds": [1, -1]}, "seeds must be a count of at least 1 or integers in [0, inf), got [1, -1]"),
+        ({"epochs": 0}, "compare: epochs must be an integer in [1, inf), got 0"),
+        ({"extend": -1}, "compare: extend must be an integer in [0, inf), got -1"),
+        ({"threads": 0}, "compare: threads must be an integer in [1, inf), got 0"),
+        ({"warmup": 1.0}, "compare: warmup must be in [0, 1), got 1.0"),
+        ({"jobs": 0}, "compare: jobs must be in [1, inf), got 0"),
+        ({"jobs": 2, "workloads": broken()}, "make cannot be sent to another process, "),
+    ],
+)
+def test_mistakes(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        compare(**({"workloads": small.plane, "optimizers": ["torch:SGD"], "lrs": [0.1]} | arguments))
+
+
+def test_threads_are_those_that_were_asked_for_and_then_those_of_before() -> None:
+    seen = set()
+
+    def counting(seed: int) -> Task:
+        seen.add(torch.get_num_threads())
+        return small.plane(seed)
+
+    compare(counting, ["torch:SGD"], lrs=[0.1], seeds=1, threads=2)
+    assert (seen, torch.get_num_threads()) == ({2}, 1)
+
+
+def test_processes_give_the_same_numbers_and_one_that_dies_is_a_failed_run() -> None:
+    """The second optimizer kills the process that it is in."""
+    arguments: dict[str, Any] = {"lrs": [0.01, 0.1], "seeds": 1, "epochs": 3}
+    several = compare(small.plane, ["AdamW", "small_workloads:Deadly"], **arguments, jobs=2)
+    alone = compare(small.plane, ["AdamW"], **arguments)
+    assert [untimed(r) for r in several.runs if r.optimizer == "AdamW"] == list(map(untimed, alone.runs))
+    deaths = {run.error for run in several.runs if run.optimizer != "AdamW"}
+    assert deaths == {"its process ended with exit code -9"}
+    assert len(several.runs) == several.total
+
+
+# --- the store --------------------------------------------------------------------------------------------------------
+
+
+def count(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
+
+
+def test_finished_runs_are_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "runs.sqlite"
+    first = compare(small.plane, **SMALL, store=path)
+    assert (first.recalled, count(path)) == (0, len(first.runs))
+    with monkeypatch.context() as patched:
+        patched.setattr("schuss.lab.compare.attempt", raising)
+        again = compare(small.plane, **SMALL, store=path)
+    assert again.runs == first.runs
+    assert (again.recalled, str(again)) == (len(first.runs), str(first))
+    more = compare(small.plane, ["torch:SGD", "AdamW", "Lion"], lrs=[0.01, 0.1], seeds=3, store=path)
+    assert more.recalled == len(first.runs)
+    assert count(path) == len(more.runs)
+    assert sorted(path.parent.iterdir()) == [path]
+
+
+CHANGED: dict[str, dict[str, Any]] = {
+    "epochs": {"epochs": 3},
+    "warmup": {"warmup": 0.5},
+    "threads": {"threads": 2},
+    "seeds": {"seeds": [7]},
+    "lrs": {"lrs": [0.2]},
+    "optimizer": {"optimizers": ["torch:Adam"]},
+    "arguments": {"optimizers": [Candidate("torch:SGD", torch.optim.SGD, (0.1,), {"momentum": 0.5})]},
+    "build": {"optimizers": [Candidate("torch:SGD", small.Seen, (0.1,))]},
+    "partial": {"optimizers": [Candidate("torch:SGD", partial(torch.optim.SGD, momentum=0.1), (0.1,))]},
+    "workload": {"workloads": small.ravine},
+    "first weights": {"workloads": Workload("plane", "", lambda seed: small.plane(seed + 1))},
+    "batches": {"workloads": Workload("plane", "", lambda seed: _with(seed, batches=small.plane(seed).batches[:3]))},
+    "loss": {"workloads": Workload("plane", "", lambda seed: _with(seed, loss=lambda m, b: m(b[0]).square().mean()))},
+    "metric": {"workloads": Workload("plane", "", lambda seed: _with(seed, metric="loss"))},
+}
+
+
+def _with(seed: int, **changes: Any) -> Task:
+    return replace(small.plane(seed), **changes)
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_whatever_decides_the_numbers_makes_another_run(tmp_path: Path, what: str) -> None:
+    arguments: dict[str, Any] = {"workloads": small.plane, "optimizers": ["torch:SGD"], "lrs": [0.1], "seeds": 1}
+    compare(**arguments, store=tmp_path / "s")
+    assert compare(**arguments, store=tmp_path / "s").recalled == 1
+    changed = arguments | CHANGED[what]
+    if isinstance(changed["optimizers"][0], Candidate):
+        changed["lrs"] = None
+    assert compare(**changed, store=tmp_path / "s").recalled == 0
+
+
+def test_another_target_makes_no_other_run(tmp_path: Path) -> None:
+    found = []
+    for target in (1e-9, 10.0):
+        workload = Workload("plane", "", lambda seed, target=target: _with(seed, target=target))
+        comparison = compare(workload, ["torch:SGD"], lrs=[0.1], seeds=1, store=tmp_path / "s")
+        found.append((comparison.recalled, comparison.results[0].standings[0].best.reached))
+    assert found == [(0, 0), (1, 1)]
+
+
+def test_what_is_no_store_is_refused_and_left_alone(tmp_path: Path) -> None:
+    text, other = tmp_path / "text", tmp_path / "other"
+    text.write_text("not a database, and longer than a header: " * 10)
+    with closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE runs (a)")
+    before = text.read_bytes(), other.read_bytes()
+    for path in (text, other, tmp_path):
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            compare(small.plane, ["torch:SGD"], lrs=[0.1], seeds=1, store=path)
+    assert (text.read_bytes(), other.read_bytes()) == before
+
+
+def test_a_run_comes_back_from_the_store_as_it_was(tmp_path: Path) -> None:
+    runs = [made("A", 1e-3, 0.1 + 0.2), made("A", 0.1, 0.5, loss=math.inf)]
+    with Store(tmp_path / "s") as store, Store(tmp_path / "s") as other:
+        for i, run in enumerate(runs):
+            store.put({"i": i}, run)
+            assert other.get({"i": i}) == run
+        nan = made("A", 0.1, 0.5, loss=math.nan)
+        store.put({"i": 9}, nan)
+        assert repr(other.get({"i": 9})) == repr(nan)
+        assert other.get({"i": 3}) is None
+
+
+def test_ctrl_c_leaves_a_report_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    whole = compare(small.plane, **SMALL)
+
+    def interrupting(run: Run, done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "s"
+    part = compare(small.plane, **SMALL, store=path, on_run=interrupting)
+    assert part.interrupted
+    assert (len(part.runs), count(path)) == (3, 3)
+    assert f"Interrupted: 3 of {part.total} runs" in str(part)
+    part.save(tmp_path / "out")
+    assert "Interrupted: 3 of" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert numbers(part.run(store=path)) == numbers(whole)
+    again = compare(small.plane, **SMALL, store=path)
+    assert (again.recalled, numbers(again)) == (len(whole.runs), numbers(whole))
+
+
+def environment() -> dict[str, str]:
+    folders = [str(Path(__file__).parent), str(Path(optim.__file__).parents[2]), os.environ.get("PYTHONPATH")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
+
+
+SCRIPT = """
+import sys, time
+import small_workloads as small
+from schuss.lab.compare import compare
+
+def slowly(run, done, total):
+    print(done, flush=True)
+    time.sleep(0.05)
+
+if __name__ == "__main__":
+    compare([small.plane, small.ravine], ["torch:SGD", "AdamW"], lrs=[0.01, 0.1], seeds=2, threads=1,
+            jobs=int(sys.argv[2]), store=sys.argv[1], on_run=slowly)
+"""
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_killed_at_a_random_moment_and_continued_equals_not_killed(tmp_path: Path, jobs: str) -> None:
+    path, script = tmp_path / "runs.sqlite", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    arguments: dict[str, Any] = {"optimizers": ["torch:SGD", "AdamW"], "lrs": [0.01, 0.1], "seeds": 2}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(path), jobs], stdout=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    with process:
+        assert process.stdout is not None
+        after = random.randrange(1, 12)
+        for line in process.stdout:
+            if int(line) == after:
+                time.sleep(0.1 * random.random())
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    there = count(path)
+    assert after <= there <= after + 4, (after, there)
+    continued = compare([small.plane, small.ravine], **arguments, store=path)
+    assert continued.recalled == there
+    whole = compare([small.plane, small.ravine], **arguments)
+    assert len(whole.runs) > there
+    assert numbers(continued) == numbers(whole)
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -254,9 +756,11 @@ class References(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.loaded: list[str | None] = []
+        self.tags: list[str] = []
         self.text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
         self.loaded += [value for name, value in attrs if name in {"src", "href", "srcset", "data"}]
 
     def handle_data(self, data: str) -> None:
@@ -264,15 +768,20 @@ class References(HTMLParser):
             self.text.append(data)
 
 
-def test_page_needs_nothing_from_outside_and_shows_every_optimizer(workload: Workload, runs: list[Run]) -> None:
-    standings = rank(runs)
-    page = report.to_html(standings, command="schuss compare --lrs '<1>'", workload=workload)
+def parsed(page: str) -> References:
     references = References()
     references.feed(page)
+    return references
+
+
+def test_page_needs_nothing_from_outside_and_shows_every_optimizer(compared: Comparison) -> None:
+    [result] = compared.results
+    page = report.to_html(compared, command="schuss compare --lrs '<1>'")
+    references = parsed(page)
     assert references.loaded == []
     assert "@import" not in page.split("</style>")[0]
     text = " ".join(references.text)
-    for cell in (cell for row in table(standings) for cell in row):
+    for cell in (cell for row in table(result.standings) for cell in row):
         assert cell in text
     assert "schuss compare --lrs '<1>'" in text
     assert f"torch {torch.__version__}" in text
@@ -281,39 +790,93 @@ def test_page_needs_nothing_from_outside_and_shows_every_optimizer(workload: Wor
     assert len(others) == 3
     for figure in (accuracy, *others):
         assert {trace["legendgroup"] for trace in figure} == {"torch:SGD", "torch:AdamW"}
-    for standing in standings:
+    for standing in result.standings:
         [trace] = [trace for trace in accuracy if trace["name"] == standing.optimizer]
         first, second = (run.test_accuracy for run in standing.best.runs)
         assert trace["y"] == pytest.approx([50 * (a + b) for a, b in zip(first, second, strict=True)])
 
 
-def test_sensitivity_shows_every_learning_rate_and_marks_divergence(workload: Workload) -> None:
-    runs = [made("A", 0.1, 0.9, loss=0.3), made("A", 0.2, 0.8, loss=0.4), made("A", 0.3, 0.1, loss=math.inf)]
-    *_, (finished, diverged) = figures(report.to_html(rank(runs), command="", workload=workload))
-    assert (finished["x"], finished["y"]) == ([0.1, 0.2], [0.3, 0.4])
-    assert diverged["x"] == [0.3]
+def test_sensitivity_shows_every_learning_rate_and_marks_divergence() -> None:
+    comparison = compare(small.ravine, ["torch:SGD"], lrs=[0.01, 0.03, 1e30], seeds=1)
+    *_, (finished, diverged) = figures(report.to_html(comparison))
+    finals = [run.test_loss[-1] for run in comparison.runs[:2]]
+    assert (finished["x"], finished["y"]) == ([0.01, 0.03], pytest.approx(finals))
+    assert diverged["x"] == [1e30]
 
 
-def test_a_comparison_in_which_everything_diverged_still_has_a_report(workload: Workload) -> None:
-    [run] = compare(workload, candidates(["torch:SGD"], [1e30]), epochs=1)
-    page = report.to_html(rank([run]), command="", workload=workload)
-    assert "Diverged: torch:SGD at lr 1e+30 (1 of 1 runs)." in page
+def test_a_comparison_in_which_everything_diverged_still_has_a_report() -> None:
+    comparison = compare(small.ravine, ["torch:SGD"], lrs=[1e30], seeds=1)
+    assert "Diverged: torch:SGD at lr 1e+30 (1 of 1 runs)." in report.to_html(comparison)
 
 
-def test_json_holds_the_records(workload: Workload, runs: list[Run]) -> None:
-    document = json.loads(report.to_json(runs, command="schuss compare", workload=workload))
+def test_what_users_wrote_is_text() -> None:
+    """Names and descriptions, in the page and in what Plotly draws."""
+    evil = "<img src=x>$title</script>"
+    workload = Workload(evil, evil, partial(_with, metric="error", evaluate=_evil))
+    comparison = compare(workload, [Candidate(evil, small.Seen, (0.1,))], seeds=1)
+    page = report.to_html(comparison, command=evil)
+    references = parsed(page)
+    assert references.loaded == []
+    assert "img" not in references.tags
+    assert references.tags.count("script") == parsed(
+        report.to_html(compare(small.plane, ["AdamW"], seeds=1))
+    ).tags.count("script")
+    assert evil in " ".join(references.text)
+    for trace in (trace for figure in figures(page) for trace in figure):
+        assert "<img" not in f"{trace['name']}{trace['hovertemplate']}"
+
+
+def _evil(model: torch.nn.Module) -> dict[str, float]:
+    return {"loss": 1.0, "error": 2.0, "<img src=y>": 3.0}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+def test_every_number_is_in_the_files(tmp_path: Path) -> None:
+    comparison = compare([small.plane, small.ravine], ["torch:SGD", "small_workloads:Tired"], lrs=[0.01, 0.03], seeds=2)
+    files = comparison.save(tmp_path / "out", command="schuss compare")
+    names = ["compare.html", "compare.json", "standings.csv", "runs.csv", "curves.csv"]
+    assert [file.name for file in files] == names
+    document = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    tables = {name: rows(tmp_path / "out" / f"{name}.csv") for name in ("standings", "runs", "curves")}
     assert document["command"] == "schuss compare"
-    assert document["workload"] == "digits"
     assert document["versions"]["torch"] == torch.__version__
-    for record, run in zip(document["runs"], runs, strict=True):
-        assert record.pop("diverged") is False
-        read = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
-        test = {"loss": read.pop("test_loss"), "accuracy": read.pop("test_accuracy")}
-        assert Run(**read, test=test) == run
+    assert document["versions"]["threads"] == "1"
+    assert len(document["runs"]) == len(tables["runs"]) == len(comparison.runs) == document["runs_made"]
+    for record, row, run in zip(document["runs"], tables["runs"], comparison.runs, strict=True):
+        assert row["status"] == record["status"] == comparison.goals[run.workload].status(run)
+        assert (row["optimizer"], float(row["lr"]), int(row["seed"])) == (run.optimizer, run.lr, run.seed)
+        assert tuple(record["train_loss"]) == run.train_loss
+        assert {name: tuple(record[f"test_{name}"]) for name in run.test} == run.test
+        if run.test:
+            assert float(row["final_loss"]) == run.test_loss[-1]
+        assert row["error"] == (run.error or "")
+    standings = [(r, s) for r in comparison.results for s in r.standings]
+    recorded = [(w, s) for w in document["workloads"] for s in w["standings"]]
+    for (result, standing), (goal, record) in zip(standings, recorded, strict=True):
+        assert (goal["workload"], goal["metric"]) == (result.goal.workload, result.goal.metric)
+        assert (record["optimizer"], record["best"]["lr"]) == (standing.optimizer, standing.best.lr)
+        [row] = [
+            row for row in tables["standings"]
+            if (row["workload"], row["optimizer"], row["best"]) == (goal["workload"], record["optimizer"], "True")
+        ]  # fmt: skip
+        assert float(row["lr"]) == standing.best.lr
+        if standing.best.finished:
+            mean = standing.best.score
+            assert record["best"]["final"][goal["metric"]] == {"mean": mean.value, "standard_error": mean.error}
+            assert float(row[f"{goal['metric']}_mean"]) == mean.value
+        assert float(row["score_by_steps"]) == comparison.profile().score(standing.optimizer)
+    assert len(tables["curves"]) == sum(len(run.steps) for run in comparison.runs)
+    profile = document["profiles"]["steps"]["optimizers"]["torch:SGD"]
+    assert profile["score"] == comparison.profile().score("torch:SGD")
 
 
-def test_json_writes_null_for_numbers_that_are_not_finite(workload: Workload) -> None:
-    run = made("A", 0.1, 0.9, loss=math.nan)
-    [record] = json.loads(report.to_json([run], command="", workload=workload))["runs"]
-    assert record["test_loss"] == [2.3, None]
-    assert record["diverged"] is True
+def test_numbers_that_are_not_finite_are_null_and_empty(tmp_path: Path) -> None:
+    compare(small.ravine, ["torch:SGD"], lrs=[1e30], seeds=1).save(tmp_path)
+    [record] = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["runs"]
+    assert record["train_loss"][-1] is None
+    assert record["status"] == "diverged"
+    [row] = rows(tmp_path / "runs.csv")
+    assert row["steps_to_target"] == ""

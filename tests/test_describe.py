@@ -1,14 +1,20 @@
 """What `schuss list` and `schuss show` print of rules with sums and matrices, and of all others."""
 
 import re
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from schuss import describe, optim
+import cases
+from schuss import describe, optim, shapes
 from schuss.cli import app, main
+from schuss.lab import workloads
+from schuss.lookup import named
 
 every_rule = pytest.mark.parametrize("cls", optim.RULES, ids=lambda cls: cls.__name__)
 
@@ -33,6 +39,24 @@ def test_every_formula_has_an_equation_for_each_state_and_the_parameter(cls: typ
     assert len(names) == len({*names})
     for text in (describe.show(cls, {}), describe.show(cls, {}, latex=True)):
         assert not re.search(r"sqrt\(|\*\*", text), "something is printed as code"
+
+
+@pytest.mark.parametrize(
+    ("cls", "form"),
+    [(cls, form) for cls in optim.RULES for form in cases.CASES.get(cls.__name__, [{}])],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_no_two_things_have_one_symbol(cls: type[Any], form: dict[str, Any]) -> None:
+    rule, group = describe._declared(cls, form)
+    formula, scalars = rule.trace(rule.variant(group), rule.pieces(rule.unpack(rule.numbers(group))))
+    numbers = {name for name in rule.numeric if name not in rule.lengths}
+    numbers |= {f"{describe._singular(name)}{i + 1}" for name, n in rule.lengths.items() for i in range(n)}
+    names: dict[str, set[str]] = defaultdict(set)
+    for name in {*numbers, *scalars, "step"}:
+        names[str(describe._symbol(name))].add(name)
+    for name in (*formula.inputs, *rule.scalar_states):
+        names[str(describe._previous(name))].add(name)
+    assert [meant for meant in names.values() if len(meant) > 1] == []
 
 
 def test_muon_is_a_decomposition() -> None:
@@ -140,13 +164,53 @@ def test_a_storage_without_kernels_is_a_line(capsys: pytest.CaptureFixture[str])
 # --- the list ---------------------------------------------------------------------------------------------------------
 
 
-def test_factored_states_count_for_nothing() -> None:
-    """A row and a column are next to nothing beside a matrix."""
-    bytes_of = {row.name: row.state_bytes for row in describe.table()}
-    assert (bytes_of["Adafactor"], bytes_of["Muon"], bytes_of["NorMuon"], bytes_of["AdamW"]) == (0, 4, 4, 8)
+def test_what_is_beside_the_elements_is_named() -> None:
+    states = {row.name: row.state for row in describe.table()}
+    named = {name: state for name, state in states.items() if not state.isdigit()}
+    assert named == {
+        "Adafactor": "0 + rows", "NorMuon": "4 + rows", "SOAP": "8 + squares", "Shampoo": "8 + squares",
+    }  # fmt: skip
+    assert (states["Muon"], states["AdamW"], states["LBFGS"]) == ("4", "8", "808")
+
+
+@every_rule
+def test_the_bytes_of_the_list_are_those_of_the_plan(cls: type[Any]) -> None:
+    """A square matrix has all of it: squares make 16 bytes more per element, rows next to nothing."""
+    side = 512
+    row = next(row for row in describe.table() if row.name == cls.__name__)
+    elements = cls([torch.empty(side, side, device="meta")]).plan().state_bytes / side**2
+    more = {(): 0.0, ("rows",): 4 / side, ("squares",): 16.0}[row.beside]
+    assert elements == row.state_bytes + more * (2 if cls is optim.Adafactor else 1)
 
 
 def test_all_of_torch_optim_is_schuss_s_own() -> None:
     assert optim.FROM_TORCH == ("Optimizer", "swa_utils")
     named = {name for name in torch.optim.__all__ if isinstance(getattr(torch.optim, name), type)} - {"Optimizer"}
     assert named <= {cls.__name__ for cls in (*optim.RULES, *optim.OF_ANOTHER_KIND)}
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("find", [describe.find, shapes.find, workloads.find, named], ids=lambda find: find.__module__)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "no_such_module:Thing",
+            "cannot import 'no_such_module': ModuleNotFoundError: No module named 'no_such_module'",
+        ),
+        (":Thing", "cannot import '': ValueError: Empty module name"),
+        ("broken_here:Thing", "cannot import 'broken_here': RuntimeError: first line"),
+        ("module_here:Thinf", "module 'module_here' has no 'Thinf': did you mean 'Thing'?"),
+        ("module_here:", "module 'module_here' has no '': choose from Thing"),
+    ],
+)
+def test_whatever_is_looked_up_the_same_mistake_is_told_alike(
+    find: Callable[[str], Any], name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_here.py").write_text("raise RuntimeError('first line\\nsecond line')\n")
+    (tmp_path / "module_here.py").write_text("class Thing: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        find(name)

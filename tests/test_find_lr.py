@@ -708,9 +708,18 @@ def test_mistakes_are_told(arguments: dict[str, Any], message: str) -> None:
         find_lr(model, optimizer, loader, loss, **arguments)
 
 
+def test_batches_that_do_not_go_with_the_loss_are_told_by_this_name() -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(
+        TypeError, match=r"^find_lr: a batch must be a pair \(x, y\) for loss_fn\(model\(x\), y\), got a Te"
+    ):
+        find_lr(model, torch.optim.SGD(model.parameters(), lr=1), [torch.ones(1)], mse_loss)
+
+
 def test_optimizers_that_need_a_closure_are_refused() -> None:
     model, loss = bowl(torch.ones(2, dtype=torch.float64))
-    for optimizer in (torch.optim.LBFGS(model.parameters()), optim.LBFGS(model.parameters())):
+    lbfgs = [cls(model.parameters()) for cls in (torch.optim.LBFGS, optim.LBFGS)]
+    for optimizer in (*lbfgs, *map(Lookahead, lbfgs)):
         with pytest.raises(TypeError, match=r"find_lr: LBFGS needs a closure.*its rate is 1, there is none to find"):
             find_lr(model, optimizer, [0], loss)
     for sam in (SAM(optim.SGD(model.parameters(), lr=1)), Lookahead(SAM(torch.optim.SGD(model.parameters(), lr=1)))):

@@ -1,12 +1,11 @@
 """The `schuss` command. A subcommand parses, calls the library and prints; heavy imports wait until it runs."""
 
 import ast
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 NEEDS_LAB = 'schuss: the command line needs the lab extra: pip install "schuss[lab]"'
 
@@ -16,11 +15,6 @@ try:
 except ModuleNotFoundError:
     # The console script imports this module before it can call main().
     raise SystemExit(NEEDS_LAB) from None
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from schuss.lab.ranking import Standing
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"schuss: {error.format_message()}", file=sys.stderr)
         code = error.exit_code
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in {"plotly", "rich", "sklearn"}:
+        if error.name is None or error.name.split(".")[0] not in {"optuna", "plotly", "rich", "scipy", "sklearn"}:
             raise
         print(NEEDS_LAB, file=sys.stderr)
         code = 1
@@ -65,11 +59,19 @@ def options(
 
 @app.command()
 def compare(
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to train, separated by commas or repeated: a workload of schuss, or module:function for one of "
+            "yours. Default: digits.",
+            show_default=False,
+        ),
+    ] = None,
     optimizers: Annotated[
         list[str] | None,
         typer.Option(
-            help="Names, separated by commas or repeated: AdamW is schuss's, torch:AdamW is torch's. "
-            "Default: torch:AdamW and schuss's SGD, Adam, AdamW, RAdam, NAdam, ADOPT and Lion.",
+            help="Names, separated by commas or repeated: AdamW is schuss's, torch:AdamW is torch's, module:Class "
+            "anybody's. Default: torch:AdamW and schuss's SGD, Adam, AdamW, RAdam, NAdam, ADOPT and Lion.",
             show_default=False,
         ),
     ] = None,
@@ -77,51 +79,45 @@ def compare(
         str | None,
         typer.Option(help="Initial learning rates for all optimizers, separated by commas. Default: a grid for each."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training data in each run.")] = 15,
     seeds: Annotated[str, typer.Option(help="A count (3 means seeds 0, 1 and 2) or a list (0,7 or 7,).")] = "3",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch. One is the fastest on a shared machine.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for compare.html and compare.json.")] = Path("out"),
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Passes over the training data in each run. Default: the workload's.", show_default=False
+        ),
+    ] = None,
+    warmup: Annotated[
+        float, typer.Option(help="Share of a run in which the learning rate rises, before it falls to zero.")
+    ] = 0.0,
+    extend: Annotated[
+        int, typer.Option(min=0, help="Learning rates that are added at most where the best is at the edge of a grid.")
+    ] = 2,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that train side by side.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads of torch in each. One is the fastest on a shared machine.")
+    ] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the report, compare.html, and its numbers.")] = Path("out"),
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="SQLite file that keeps finished runs, which are not made again. Default: runs.sqlite in that folder.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Train a classifier of handwritten digits with several optimizers and learning rates, and rank them."""
-    import torch
-    from rich.console import Console
-    from rich.progress import track
+    """Train workloads with several optimizers, learning rates and seeds, and rank what came out."""
+    from schuss.lab import command
 
-    from schuss.lab import report
-    from schuss.lab.candidate import DEFAULT_NAMES, candidates
-    from schuss.lab.compare import compare
-    from schuss.lab.ranking import rank, remarks
-    from schuss.lab.workloads import WORKLOADS
-
-    torch.set_num_threads(threads)
-    workload = WORKLOADS["digits"]
     with bad_values():
-        names = DEFAULT_NAMES if optimizers is None else _split(",".join(optimizers))
-        entrants = candidates(names, None if lrs is None else _learning_rates(lrs))
-        chosen = _seeds(seeds)
-        pending = compare(workload, entrants, seeds=chosen, epochs=epochs)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot make the folder {out}: {error.strerror}") from error
-
-    total = len(chosen) * sum(len(entrant.lrs) for entrant in entrants)
-    runs = list(track(pending, f"{total} runs", total=total, console=Console(stderr=True), transient=True))
-    standings = rank(runs)
-
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(_table(standings))
-    for line in remarks(standings):
-        console.print(f"- {line}")
-
-    # The names are spelt out because the default may change in a later version.
-    words = ["schuss", "compare", "--optimizers", ",".join(entrant.name for entrant in entrants)]
-    words += ["--lrs", lrs] if lrs is not None else []
-    command = shlex.join([*words, "--epochs", str(epochs), "--seeds", seeds, "--threads", str(threads)])
-    page, numbers = out / "compare.html", out / "compare.json"
-    page.write_text(report.to_html(standings, command=command, workload=workload), encoding="utf-8")
-    numbers.write_text(report.to_json(runs, command=command, workload=workload), encoding="utf-8")
-    console.print(f"Report: {page}\nNumbers: {numbers}")
+        try:
+            complete = command.compare(
+                workloads=workload, optimizers=optimizers, lrs=lrs, seeds=seeds, epochs=epochs, warmup=warmup,
+                extend=extend, jobs=jobs, threads=threads, out=out, store=store, show=typer.echo,
+            )  # fmt: skip
+        except OSError as error:
+            raise ValueError(str(error)) from error
+    if not complete:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -220,6 +216,164 @@ def find_learning_rate(
         console.print(f"Curve: {out}")
 
 
+@app.command()
+def tune(
+    workload: Annotated[str, typer.Argument(help="A workload of schuss, or module:function for one of yours.")],
+    optimizer: Annotated[
+        str, typer.Option(help="AdamW is schuss's, torch:AdamW is torch's, module:Class or module:function is yours.")
+    ] = "AdamW",
+    trials: Annotated[int, typer.Option(help="Settings that are tried. With more of them more is tuned.")] = 20,
+    seeds: Annotated[int, typer.Option(help="Trainings of the best setting and of the default, to confirm it.")] = 3,
+    epochs: Annotated[
+        int | None, typer.Option(help="Of a complete run. Default: the workload's.", show_default=False)
+    ] = None,
+    rungs: Annotated[
+        int | None,
+        typer.Option(
+            help="Lengths of training, each a third of the next; 1: all trials are complete runs. Default: up to 3.",
+            show_default=False,
+        ),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--tune", help="What to tune, as lr,weight_decay,beta1. Default: by --trials.", show_default=False
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="What is fixed, as in --set weight_decay=0.1; may be repeated.", show_default=False),
+    ] = None,
+    limits: Annotated[
+        list[str] | None,
+        typer.Option("--range", help="Where to search, as --range lr=1e-4:1e-1; may be repeated.", show_default=False),
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="tpe, halton or grid.")] = "tpe",
+    extend: Annotated[int, typer.Option(help="How often each end of a range is moved if the best lies there.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the sampler, and of the workload in every trial.")] = 0,
+    budget: Annotated[
+        str | None, typer.Option(help='When to stop: 90s, 10m, 2h or "500 epochs".', show_default=False)
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="A URL that Optuna takes; machines share it. Default: tune.db in --out.", show_default=False),
+    ] = None,
+    study: Annotated[
+        str | None, typer.Option(help="Its name in the storage. Default: made of the rest.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch in each process.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for tune.json and tune.csv.")] = Path("out"),
+) -> None:
+    """Search the learning rate, averages and weight decay of an optimizer on a workload. The same command goes on."""
+    import torch
+    from rich.console import Console
+
+    from schuss.lab import spaces
+    from schuss.lab.tune import Search
+    from schuss.lab.workloads import find
+
+    torch.set_num_threads(threads)
+    sys.path.insert(0, "")  # module:function is looked for in this folder, as `python -m` does
+    with bad_values():
+        search = Search(
+            find(workload), optimizer, trials=trials, seeds=seeds, epochs=epochs, rungs=rungs,
+            settings=dict(map(_setting, setting or [])), ranges=spaces.limits(limits or []),
+            names=None if names is None else names.split(","), sampler=sampler, extend=extend, seed=seed, budget=budget,
+            storage=storage or f"sqlite:///{out / 'tune.db'}", study=study, jobs=jobs,
+        )  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot make the folder {out}: {error.strerror}") from error
+    progress = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    search.tell = progress.print
+    code = 0
+    try:
+        with bad_values():
+            search.run()
+    except KeyboardInterrupt:
+        progress.print("Stopped. The same command goes on from here.")
+        code = 130
+    found = search.result()
+    search.close()
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(str(found))
+    numbers, rows = found.save(out)
+    console.print(f"Study: {found.study!r} in {found.storage}\nNumbers: {numbers}, {rows}")
+    raise typer.Exit(code or int(not found.ranked))
+
+
+@app.command()
+def landscape(
+    surface: Annotated[
+        str,
+        typer.Argument(
+            help="rosenbrock, beale, himmelblau, rastrigin, quadratic or linear; a workload of schuss; or "
+            "module:function for one of yours, of two tensors x and y, or of a seed for a workload.",
+        ),
+    ],
+    optimizers: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Names, separated by commas or repeated: AdamW is schuss's, torch:AdamW is torch's, module:Class "
+            "anybody's. Default: SGD, RMSprop, Adam, Lion and LBFGS; of a workload SGD, AdamW and Lion.",
+            show_default=False,
+        ),
+    ] = None,
+    vary: Annotated[
+        str | None,
+        typer.Option(
+            help="A hyperparameter of one optimizer and its values, as in lr=0.001,0.01,0.1.", show_default=False
+        ),
+    ] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            help="Learning rate of all, or of some as in SGD=0.01,Adam=0.1. Default: the best of a grid for each.",
+            show_default=False,
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyperparameter of all, as in --set momentum=0.9; may be repeated."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of each optimizer.")] = 200,
+    start: Annotated[
+        str | None, typer.Option(help="Where they begin, as in --start=-1.5,2.", show_default=False)
+    ] = None,
+    box: Annotated[
+        str | None,
+        typer.Option(
+            help="What is shown: from and to of x, from and to of y, as in --box=-2,2,-1,3.", show_default=False
+        ),
+    ] = None,
+    condition: Annotated[
+        float | None, typer.Option(help="Condition number of the quadratic. Default: 50.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of batches, and of a network's first weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch. One is the fastest on a shared machine.")] = 1,
+    out: Annotated[
+        Path, typer.Option(help="Folder for page and numbers, or one file: .html, .json, .csv, .png or .svg.")
+    ] = Path("out"),
+) -> None:
+    """Contour lines of a loss with the trajectories of optimizers, or of one with a hyperparameter varied."""
+    from rich.console import Console
+
+    from schuss.lab.landscape import command
+
+    sys.path.insert(0, "")  # module:function is looked for in this folder, as `python -m` does
+    with bad_values(), Console(stderr=True).status("Stepping"):
+        try:
+            command.run(
+                surface, optimizers=optimizers, lr=lr, vary=vary, settings=dict(map(_setting, setting or [])),
+                steps=steps, start=start, box=box, condition=condition, seed=seed, threads=threads, out=out,
+                show=typer.echo,
+            )  # fmt: skip
+        except OSError as error:
+            raise ValueError(f"cannot write {out}: {error.strerror}") from error
+
+
 @app.command("list")
 def list_optimizers() -> None:
     """The optimizers: name, what it is, bytes of float32 state per element, source."""
@@ -232,7 +386,7 @@ def list_optimizers() -> None:
     for name in ("optimizer", "what it is", "state", "source"):
         shown.add_column(name, justify="right" if name == "state" else "left", no_wrap=name == "optimizer")
     for row in describe.table():
-        shown.add_row(row.name, row.summary, str(row.state_bytes), row.source)
+        shown.add_row(row.name, row.summary, row.state, row.source)
     Console(highlight=False, markup=False).print(shown)
 
 
@@ -431,37 +585,6 @@ def _setting(text: str) -> tuple[str, object]:
         return name.strip(), ast.literal_eval(value.strip())
     except (ValueError, SyntaxError):
         raise ValueError(f"--set {name.strip()}: not a Python number, boolean, None or tuple: {value!r}") from None
-
-
-def _table(standings: "Sequence[Standing]") -> "Table":
-    from rich.table import Table
-
-    from schuss.lab.ranking import HEADER, table
-
-    shown = Table(box=None, pad_edge=False)
-    for name in HEADER:
-        shown.add_column(name, justify="left" if name == "optimizer" else "right", no_wrap=True)
-    for row in table(standings):
-        shown.add_row(*row)
-    return shown
-
-
-def _split(text: str) -> list[str]:
-    return [word for word in (part.strip() for part in text.split(",")) if word]
-
-
-def _learning_rates(text: str) -> list[float]:
-    try:
-        return [float(word) for word in _split(text)]
-    except ValueError:
-        raise ValueError(f"--lrs must be numbers separated by commas, got {text!r}") from None
-
-
-def _seeds(text: str) -> list[int]:
-    words = _split(text)
-    if not words or not all(word.isdecimal() for word in words) or text.strip() == "0":
-        raise ValueError(f"--seeds must be a count of at least 1 or integers separated by commas, got {text!r}")
-    return list(dict.fromkeys(map(int, words))) if "," in text else list(range(int(text)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What an optimizer is, read from its class: the table of all, the formula as mathematics, the kernel as text."""
 
-import importlib
 import inspect
 import math
 import textwrap
@@ -22,6 +21,7 @@ from schuss.engine.state import chosen, parameter_storage
 from schuss.engine.storage import SMALLEST_BLOCKWISE, Layout, Storage, as_reals
 from schuss.engine.trace import Expr, Formula, Graph, parameters, used
 from schuss.formula import MatrixCall
+from schuss.lookup import named
 from schuss.matrices.newton_schulz import orthogonalize
 from schuss.optimizer import Optimizer
 from schuss.rule import Rule
@@ -85,11 +85,7 @@ def find(name: str) -> type[Optimizer]:
         ValueError: there is none, or it is no schuss optimizer, or one without a formula.
     """
     if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            cls = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"cannot find {name}: {error}") from error
+        cls = named(name)
         if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
             raise ValueError(f"{name} is not a subclass of schuss.Optimizer")
     else:

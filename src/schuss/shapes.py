@@ -1,6 +1,5 @@
 """The parameters of a model by name, without their memory: sizes of GPT-2, and `module:factory` for anybody's."""
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from schuss.bounds import nearest
+from schuss.lookup import first_line, named
 
 GPT2 = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
 """Name -> layers and width (n_layer, n_embd) of the published sizes (Radford et al. 2019)."""
@@ -58,18 +58,12 @@ def find(name: str) -> list[torch.Tensor]:
         if name not in GPT2:
             raise ValueError(f"unknown model {name!r}: {nearest(name, [*GPT2, 'module:factory'])}")
         return [nn.Parameter(torch.empty(shape, device="meta")) for shape in gpt2(*GPT2[name]).values()]
-    module, _, attribute = name.partition(":")
-    try:
-        made = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot find {name}: {_line(error)}") from error
-    except Exception as error:  # whatever runs when the module is imported
-        raise ValueError(f"cannot import {module!r}: {type(error).__name__}: {_line(error)}") from error
+    made = named(name)
     if callable(made) and not isinstance(made, nn.Module):
         try:
             made = _build(made)
         except Exception as error:  # it is anybody's
-            raise ValueError(f"{name} raised {type(error).__name__}: {_line(error)}") from error
+            raise ValueError(f"{name} raised {type(error).__name__}: {first_line(error)}") from error
     if isinstance(made, nn.Module):
         made = made.parameters()
     if isinstance(made, torch.Tensor) or not isinstance(made, Iterable):
@@ -100,7 +94,3 @@ def _build(factory: Callable[[], Any]) -> Any:
 def _made(factory: Callable[[], Any]) -> Any:
     made = factory()
     return list(made) if isinstance(made, Iterator) else made
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

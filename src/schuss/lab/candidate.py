@@ -3,14 +3,17 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from schuss.bounds import nearest
+from schuss import bounds
+from schuss.lookup import named
+from schuss.wrappers.outer import _chain, _needs_closure
+from schuss.wrappers.sam import SAM
 
 DEFAULT_NAMES = ("torch:AdamW", "SGD", "Adam", "AdamW", "RAdam", "NAdam", "ADOPT", "Lion")
 
@@ -32,7 +35,15 @@ GRIDS: Mapping[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """An optimizer with the arguments it is built with and the learning rates it is tried at."""
+    """An optimizer with the arguments it is built with and the learning rates it is tried at.
+
+    Args:
+        name: in tables.
+        build: `build(parameters, lr=..., **arguments)`, or `build(model, lr=..., **arguments)` if its first parameter
+            is called `model`.
+        lrs: learning rates, rising.
+        arguments: the same in every run.
+    """
 
     name: str
     build: Callable[..., torch.optim.Optimizer]
@@ -43,39 +54,107 @@ class Candidate:
         """Build the optimizer for `parameters`."""
         return self.build(parameters, lr=lr, **self.arguments)
 
+    def for_model(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """Build the optimizer for a model.
 
-def candidates(names: Sequence[str], lrs: Sequence[float] | None = None) -> list[Candidate]:
-    """Look up optimizers by name: `AdamW` in `schuss.optim`, `torch:AdamW` in `torch.optim`.
+        Raises:
+            TypeError: what was built is no optimizer, or one that needs a closure.
+        """
+        made: object = self.build(model if self._takes_model else model.parameters(), lr=lr, **self.arguments)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(f"{self.name} must build a torch.optim.Optimizer, got {type(made).__name__}")
+        several = next((one for one in _chain(made) if isinstance(one, SAM)), None) or _needs_closure(made)
+        if several is not None:
+            raise TypeError(
+                f"{type(several).__name__} needs a closure, for it evaluates the loss several times in a step: its "
+                "budget would not be that of the others"
+            )
+        return made
+
+    @property
+    def _takes_model(self) -> bool:
+        return next(iter(_parameters(self.build)), None) == "model"
+
+
+def candidates(
+    optimizers: Sequence[str | Candidate | Callable[..., torch.optim.Optimizer]], lrs: Sequence[float] | None = None
+) -> list[Candidate]:
+    """Look up optimizers: `AdamW` is that of `schuss.optim`, `torch:AdamW` of `torch.optim`, `module:Class` anybody's.
 
     Args:
-        names: at least one name; a repeated one counts once.
+        optimizers: at least one; names, classes or functions (see `Candidate.build`), and candidates as they are. A
+            repeated one counts once.
         lrs: learning rates in (0, inf) for all of them, instead of each one's own grid.
 
     Raises:
-        ValueError: for an unknown name, an lr out of range, or an empty list.
+        ValueError: for an unknown name, an lr out of range, none where there is no default, two optimizers of one
+            name, or an empty list.
     """
-    if not names:
+    if not optimizers:
         raise ValueError("at least one optimizer is needed")
-    if lrs is not None and not lrs:
+    grid = None if lrs is None else _grid(lrs)
+    known = dict(_known())
+    found: dict[str, Candidate] = {}
+    for one in optimizers:
+        made = _candidate(one, known, grid)
+        if found.setdefault(made.name, made).build is not made.build:
+            raise ValueError(f"two optimizers are called {made.name!r}: give one of them another name, as a Candidate")
+    return list(found.values())
+
+
+def _grid(lrs: Sequence[float]) -> tuple[float, ...]:
+    if not lrs:
         raise ValueError("at least one learning rate is needed")
-    for lr in lrs or ():
+    for lr in lrs:
         if not (lr > 0 and math.isfinite(lr)):
             raise ValueError(f"lr must be in (0, inf), got {lr:g}")
-    known = dict(_known())
-    return [_candidate(name, known, lrs) for name in dict.fromkeys(names)]
+    return tuple(sorted(set(map(float, lrs))))
 
 
-def _candidate(name: str, known: Mapping[str, type], lrs: Sequence[float] | None) -> Candidate:
-    if name not in known:
-        raise ValueError(f"unknown optimizer {name!r}: {nearest(name, known)}")
-    cls, base = known[name], name.removeprefix("torch:")
-    grid = tuple(sorted(set(lrs))) if lrs else GRIDS.get(base) or _around_default(cls)
-    return Candidate(name, cls, grid, ARGUMENTS.get(base, {}))
+def _candidate(
+    one: str | Candidate | Callable[..., torch.optim.Optimizer],
+    known: Mapping[str, Callable[..., torch.optim.Optimizer]],
+    grid: tuple[float, ...] | None,
+) -> Candidate:
+    if isinstance(one, Candidate):
+        return replace(one, lrs=_grid(one.lrs) if grid is None else grid)
+    if isinstance(one, str):
+        name, build = one, _found(one, known)
+    else:
+        known_as = [name for name, cls in known.items() if cls is one]
+        name, build = known_as[0] if known_as else getattr(one, "__name__", type(one).__name__), one
+    base = name.removeprefix("torch:")
+    return Candidate(name, build, grid or GRIDS.get(base) or _around_default(name, build), ARGUMENTS.get(base, {}))
 
 
-def _around_default(cls: type) -> tuple[float, ...]:
-    lr = inspect.signature(cls).parameters["lr"].default
-    return tuple(float(f"{lr * factor:.1g}") for factor in (1 / 3, 1, 3))
+def _found(name: str, known: Mapping[str, Any]) -> Any:
+    if name in known:
+        return known[name]
+    module, colon, _ = name.partition(":")
+    if not colon or module == "torch":
+        raise ValueError(f"unknown optimizer {name!r}: {bounds.nearest(name, known)}")
+    build = named(name)
+    if not callable(build):
+        raise ValueError(f"{name} must be an optimizer's class or a function, got {type(build).__name__}")
+    return build
+
+
+def _around_default(name: str, build: Callable[..., Any]) -> tuple[float, ...]:
+    lr = getattr(_parameters(build).get("lr"), "default", None)
+    try:
+        default = bounds.number(lr)
+        if not (default > 0 and math.isfinite(default)):
+            raise ValueError
+    except (TypeError, ValueError):  # none, or none that is a number
+        raise ValueError(f"{name} has no default learning rate: give some, as in --lrs 0.001,0.003,0.01") from None
+    return tuple(float(f"{default * factor:.1g}") for factor in (1 / 3, 1, 3))
+
+
+def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(build).parameters
+    except (TypeError, ValueError):  # written in C
+        return {}
 
 
 def _known() -> Iterator[tuple[str, type]]:

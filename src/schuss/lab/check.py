@@ -26,12 +26,14 @@ class Facts:
         task: of the seed that was checked; it has taken steps that move nothing.
         scores: what it evaluates before training.
         step_s: seconds of a step without the optimizer's own: batch, forward and backward.
+        loss: of the first batch, before training.
     """
 
     workload: Workload
     task: Task
     scores: Mapping[str, float]
     step_s: float
+    loss: float
 
     def cells(self) -> tuple[str, ...]:
         """Below `HEADER`."""
@@ -86,7 +88,7 @@ def _checked(workload: Workload, seed: int, seconds: float) -> Facts:
             f"{name}: the first loss of seed {seed} is {loss.item():.9g} and, when made again, {second.item():.9g}; "
             "draw weights, order and noise from torch.Generator().manual_seed(seed)"
         )
-    return Facts(workload, task, scores, _timed(name, task, optimizer, seconds))
+    return Facts(workload, task, scores, _timed(name, task, optimizer, seconds), loss.item())
 
 
 def _call(what: str, function: Callable[[], T]) -> T:
@@ -94,6 +96,8 @@ def _call(what: str, function: Callable[[], T]) -> T:
     try:
         return function()
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("sklearn"):
+            raise  # part of what the lab is installed with
         line = " ".join(str(error).split())
         raise ValueError(f"{what} raised {type(error).__name__}: {line}") from error
 

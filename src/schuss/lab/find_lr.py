@@ -1,7 +1,6 @@
 """The learning-rate range test: train for a moment with a rate that rises, watch the loss, and undo everything."""
 
 import csv
-import inspect
 import io
 import json
 import math
@@ -23,7 +22,7 @@ from schuss.lab.restored import restored
 from schuss.schedules import Schedule
 from schuss.schedules.picture import text
 from schuss.training.step import Loss, with_modes
-from schuss.wrappers.outer import _chain
+from schuss.wrappers.outer import _chain, _needs_closure
 from schuss.wrappers.sam import SAM
 
 if TYPE_CHECKING:
@@ -390,7 +389,7 @@ def find_lr(
 
     s = {"low": low, "high": high, "steps": steps, "smoothing": smoothing, "stop_factor": stop_factor}
     device = torch.device(device or next(model.parameters()).device)
-    forward, average = Loss(loss, device, precision), _Smooth(smoothing)
+    forward, average = Loss(loss, device, precision, owner="find_lr"), _Smooth(smoothing)
     lrs: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
@@ -443,12 +442,11 @@ def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
                 f"find_lr: {owner} evaluates the loss twice in a step; pass the optimizer inside of it, "
                 "find_lr(model, optimizer.inner, ...), which has the same groups"
             )
-        closure = inspect.signature(one.step).parameters.get("closure")
-        if isinstance(one, torch.optim.LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
-            raise TypeError(
-                f"find_lr: {owner} needs a closure, for it evaluates the loss several times in a step, and a line "
-                "search chooses how far it goes; its rate is 1, there is none to find"
-            )
+    if (several := _needs_closure(optimizer)) is not None:
+        raise TypeError(
+            f"find_lr: {type(several).__name__} needs a closure, for it evaluates the loss several times in a step, "
+            "and a line search chooses how far it goes; its rate is 1, there is none to find"
+        )
     known = {id(p) for p in model.parameters()}
     if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("find_lr: the optimizer has no parameter of the model; make it from model.parameters()")

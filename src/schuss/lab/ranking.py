@@ -3,12 +3,74 @@
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from schuss.lab.compare import Run
+import numpy as np
 
-HEADER = ("#", "optimizer", "best lr", "test\naccuracy %", "test loss", "ms per\nstep()", "ms per\ntrain step")
+from schuss.lab.evidence import LEVEL, against_the_best, grain
+from schuss.lab.run import Run
+from schuss.lab.workload import Task, Workload
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a workload is judged by, and how large it is: see `Task`.
+
+    Args:
+        workload: its name.
+        description: in a line.
+        epochs: of the runs.
+        steps: of the runs.
+    """
+
+    workload: str
+    description: str
+    metric: str
+    better: Literal["lower", "higher"]
+    target: float
+    epochs: int
+    steps: int
+    batch_size: int
+    parameters: int
+
+    @classmethod
+    def of(cls, workload: Workload, task: Task, epochs: int | None = None) -> "Goal":
+        """Of runs of so many epochs; None: the task's own."""
+        epochs = task.epochs if epochs is None else epochs
+        return cls(
+            workload.name, workload.description, task.metric, task.better, task.target, epochs,
+            epochs * len(task.batches), task.batch_size, task.parameters,
+        )  # fmt: skip
+
+    @property
+    def percent(self) -> bool:
+        """Whether the metric is a share that one writes in per cent."""
+        return "accuracy" in self.metric
+
+    @property
+    def aim(self) -> str:
+        """The target in words."""
+        target = f"{100 * self.target:g} %" if self.percent else f"{self.target:g}"
+        return f"{self.metric} {'≥' if self.better == 'higher' else '≤'} {target}"
+
+    def status(self, run: Run) -> Literal["finished", "diverged", "failed"]:
+        """In a word."""
+        if run.error is not None:
+            return "failed"
+        return "diverged" if run.diverged or not math.isfinite(run.test[self.metric][-1]) else "finished"
+
+    def score(self, run: Run) -> float:
+        """The final value of the metric, turned so that larger is better."""
+        value = run.test[self.metric][-1]
+        return value if self.better == "higher" else -value
+
+    def reached(self, run: Run) -> int | None:
+        """Which evaluation was the first to reach the target."""
+        for i, value in enumerate(run.test.get(self.metric, ())):
+            if value >= self.target if self.better == "higher" else value <= self.target:
+                return i
+        return None
 
 
 @dataclass(frozen=True)
@@ -28,126 +90,291 @@ class Mean:
 class Trial:
     """One optimizer at one learning rate, over all seeds."""
 
+    goal: Goal
     optimizer: str
     lr: float
     runs: tuple[Run, ...]
 
-    @property
-    def diverged(self) -> int:
-        """Number of runs that diverged."""
-        return sum(run.diverged for run in self.runs)
+    def count(self, status: str) -> int:
+        """Number of runs that ended so."""
+        return sum(self.goal.status(run) == status for run in self.runs)
 
     @property
-    def accuracy(self) -> Mean:
-        """Final test accuracy, in [0, 1]."""
-        return Mean.of([run.test_accuracy[-1] for run in self.runs])
+    def finished(self) -> bool:
+        """Whether every run has."""
+        return self.count("finished") == len(self.runs)
+
+    def final(self, name: str) -> Mean:
+        """The last value of what the workload evaluates under this name."""
+        return Mean.of([run.test[name][-1] for run in self.runs])
 
     @property
-    def loss(self) -> Mean:
-        """Final test loss."""
-        return Mean.of([run.test_loss[-1] for run in self.runs])
+    def score(self) -> Mean:
+        """The final metric."""
+        return self.final(self.goal.metric)
+
+    @property
+    def reached(self) -> int:
+        """Number of runs that reached the target."""
+        return sum(self.goal.reached(run) is not None for run in self.runs)
+
+    @property
+    def steps_to_target(self) -> float:
+        """Median over seeds, of which those that do not reach it count as infinite."""
+        return self._median_to_target([run.steps for run in self.runs])
+
+    @property
+    def seconds_to_target(self) -> float:
+        """Of training, without evaluations; as `steps_to_target`."""
+        return self._median_to_target([run.seconds for run in self.runs])
+
+    def _median_to_target(self, clocks: Sequence[Sequence[float]]) -> float:
+        found = [self.goal.reached(run) for run in self.runs]
+        return statistics.median(
+            math.inf if i is None else clock[i] for i, clock in zip(found, clocks, strict=True)
+        )  # fmt: skip
 
     @property
     def step_ms(self) -> float:
-        return statistics.median(run.step_ms for run in self.runs)
+        return _median(run.step_ms for run in self.runs)
 
     @property
     def train_step_ms(self) -> float:
-        return statistics.median(run.train_step_ms for run in self.runs)
+        return _median(run.train_step_ms for run in self.runs)
 
     @property
     def merit(self) -> tuple[bool, float, float]:
-        """What trials are ordered by: no run diverged, then accuracy, then loss."""
-        if self.diverged:
+        """What trials are ordered by: every run finished, then the metric, then the loss."""
+        if not self.finished:
             return False, 0.0, 0.0
+        score = statistics.fmean(self.goal.score(run) for run in self.runs)
         # Equal counts of right answers give means that may differ in their last bits.
-        return True, round(self.accuracy.value, 9), -self.loss.value
+        return True, float(f"{score:.12g}"), -self.final("loss").value
+
+
+def _median(values: Iterable[float]) -> float:
+    there = [value for value in values if not math.isnan(value)]
+    return statistics.median(there) if there else math.nan
 
 
 @dataclass(frozen=True)
 class Standing:
-    """One optimizer in the ranking: all its trials by rising learning rate, and the best of them."""
+    """One optimizer in the ranking.
+
+    Args:
+        rank: from 1.
+        best: its best trial.
+        trials: all of them, by rising learning rate.
+        p: that it is as good as the first, corrected for all comparisons: see `evidence.against_the_best`. None for the
+            first, with less than two seeds, and if a run of the best trial has not finished.
+    """
 
     rank: int
     best: Trial
     trials: tuple[Trial, ...]
+    p: float | None = None
 
     @property
     def optimizer(self) -> str:
         return self.best.optimizer
 
     @property
+    def tied(self) -> bool:
+        """Whether it has been held against the first and cannot be told apart from it."""
+        return self.p is not None and self.p >= LEVEL
+
+    @property
+    def failed(self) -> str | None:
+        """The first message, if no trial has finished and a run raised."""
+        if self.best.finished:
+            return None
+        return next((run.error for trial in self.trials for run in trial.runs if run.error is not None), None)
+
+    @property
     def edge(self) -> Literal["smallest", "largest"] | None:
         """Which end of the grid the best learning rate is, beyond which a better one may lie."""
-        if len(self.trials) == 1 or self.best.diverged:
+        if len(self.trials) == 1 or self.failed is not None:
             return None
+        if not self.best.finished:  # it diverged at all of them
+            return "smallest"
         if self.best is self.trials[0]:
             return "smallest"
         return "largest" if self.best is self.trials[-1] else None
 
 
-def rank(runs: Iterable[Run]) -> list[Standing]:
-    """Rank optimizers by final test accuracy at their best learning rate, ties by test loss.
+def rank(runs: Iterable[Run], goal: Goal) -> list[Standing]:
+    """Rank optimizers by the final metric at their best learning rate, ties by test loss.
 
-    A learning rate at which a run diverged comes after all at which none did.
+    A learning rate at which a run diverged or failed comes after all at which none did.
     """
     groups: dict[str, dict[float, list[Run]]] = {}
     for run in runs:
         groups.setdefault(run.optimizer, {}).setdefault(run.lr, []).append(run)
     trials = [
-        tuple(Trial(optimizer, lr, tuple(group)) for lr, group in sorted(by_lr.items()))
+        tuple(Trial(goal, optimizer, lr, tuple(group)) for lr, group in sorted(by_lr.items()))
         for optimizer, by_lr in groups.items()
     ]
     best = [(max(group, key=lambda trial: trial.merit), group) for group in trials]
     best.sort(key=lambda pair: pair[0].merit, reverse=True)
-    return [Standing(i, trial, group) for i, (trial, group) in enumerate(best, start=1)]
+    return _tested([Standing(i, trial, group) for i, (trial, group) in enumerate(best, start=1)])
 
 
-def tied(standings: Sequence[Standing]) -> list[Standing]:
-    """Those whose accuracy is within two standard errors of the first one's; empty for a single seed."""
-    if not standings or standings[0].best.diverged:
-        return []
-    first = standings[0].best.accuracy
+def _tested(standings: list[Standing]) -> list[Standing]:
+    """With p values: of those that finished, on the seeds that all of these have."""
+    finished = [standing for standing in standings if standing.best.finished]
+    if len(finished) < 2:
+        return standings
+    goal = finished[0].best.goal
+    by_seed = [{run.seed: goal.score(run) for run in standing.best.runs} for standing in finished]
+    seeds = [seed for seed in by_seed[0] if all(seed in scores for scores in by_seed)]
+    if len(seeds) < 2:
+        return standings
+    every = [
+        goal.score(run)
+        for standing in standings
+        for trial in standing.trials
+        for run in trial.runs
+        if goal.status(run) == "finished"
+    ]
+    scores = np.array([[one[seed] for one in by_seed] for seed in seeds])
+    p = against_the_best(scores, grain=grain(every), best=0)
+    return [
+        replace(standing, p=float(p[i])) if 0 < i < len(finished) else standing for i, standing in enumerate(standings)
+    ]
 
-    def near(other: Mean) -> bool:
-        return first.value - other.value <= 2 * math.hypot(first.error, other.error)
 
-    return [standing for standing in standings[1:] if not standing.best.diverged and near(standing.best.accuracy)]
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def header(goal: Goal) -> tuple[str, ...]:
+    """Of `table`; a line break stands where one is wanted."""
+    target = goal.aim.removeprefix(f"{goal.metric} ")
+    return (
+        "#", "optimizer", "best lr", f"test\n{goal.metric}{' %' if goal.percent else ''}",
+        *(["test loss"] if goal.metric != "loss" else []), "p", f"steps to\n{target}", f"s to\n{target}",
+        "ms per\nstep()", "ms per\ntrain step",
+    )  # fmt: skip
 
 
 def table(standings: Sequence[Standing]) -> list[tuple[str, ...]]:
-    """The cells below `HEADER`, one row per optimizer."""
-    return [(str(standing.rank), standing.optimizer, *_cells(standing.best)) for standing in standings]
+    """The cells below `header`, one row per optimizer."""
+    if not standings:
+        return []
+    goal = standings[0].best.goal
+    finished = [standing.best for standing in standings if standing.best.finished]
+    names = dict.fromkeys((goal.metric, "loss"))
+    columns = [
+        iter(means([trial.final(name) for trial in finished], percent=goal.percent and name == goal.metric))
+        for name in names
+    ]
+    rows = []
+    for standing in standings:
+        trial = standing.best
+        if trial.finished:
+            judged = [f"{trial.lr:g}", *(next(column) for column in columns), _p(standing), *_to_target(trial)]
+        else:
+            word = "failed" if standing.failed is not None else "diverged"
+            judged = ["-", word, *(["-"] * (len(names) - 1)), "-", "-", "-"]
+        times = f"{trial.step_ms:.3f}", f"{trial.train_step_ms:.2f}"
+        rows.append((str(standing.rank), standing.optimizer, *judged, *(t.replace("nan", "-") for t in times)))
+    return rows
 
 
-def _cells(trial: Trial) -> tuple[str, ...]:
-    if trial.diverged:
-        return "-", "diverged", "-", f"{trial.step_ms:.3f}", f"{trial.train_step_ms:.2f}"
-    return (
-        f"{trial.lr:g}",
-        _mean(trial.accuracy, scale=100, digits=2),
-        _mean(trial.loss, scale=1, digits=3),
-        f"{trial.step_ms:.3f}",
-        f"{trial.train_step_ms:.2f}",
-    )
+def _p(standing: Standing) -> str:
+    if standing.p is None:
+        return "-"
+    return "<0.001" if standing.p < 0.001 else f"{standing.p:.2g}" if standing.p < 0.095 else f"{standing.p:.2f}"
 
 
-def _mean(mean: Mean, *, scale: float, digits: int) -> str:
-    value = f"{scale * mean.value:.{digits}f}"
-    return value if math.isnan(mean.error) else f"{value} ± {scale * mean.error:.{digits}f}"
+def _to_target(trial: Trial) -> tuple[str, str]:
+    """Steps and seconds; and how many runs have reached it, unless all have."""
+    some = "" if trial.reached in (0, len(trial.runs)) else f" ({trial.reached} of {len(trial.runs)})"
+    steps, seconds = trial.steps_to_target, trial.seconds_to_target
+    if math.isinf(steps):
+        return f"-{some}", "-"
+    return f"{steps:.0f}{some}", f"{seconds:.2f}"
+
+
+def means(column: Sequence[Mean], *, percent: bool) -> list[str]:
+    """Means with their errors, all to the same digits: two of a typical error."""
+    scale = 100 if percent else 1
+    values = [scale * mean.value for mean in column]
+    errors = [scale * mean.error for mean in column]
+    digits = 2 if percent else _digits(values, errors)
+    if digits is None:
+        cells = [f"{value:.3g}" for value in values]
+        spreads = [f"{error:.2g}" for error in errors]
+    else:
+        cells = [f"{value:.{digits}f}" for value in values]
+        spreads = [f"{error:.{digits}f}" for error in errors]
+    return [
+        cell if math.isnan(error) else f"{cell} ± {spread}"
+        for cell, spread, error in zip(cells, spreads, errors, strict=True)
+    ]
+
+
+def _digits(values: Sequence[float], errors: Sequence[float]) -> int | None:
+    """After the point; None if no number of them suits all."""
+    positive = [error for error in errors if error > 0]
+    sizes = [abs(value) for value in values if value]
+    if not sizes:
+        return 3
+    digits = 1 - _exponent(statistics.median(positive)) if positive else 3 - _exponent(statistics.median(sizes))
+    digits = max(digits, 0)
+    return digits if digits <= 6 and min(sizes) >= 10.0 ** (1 - digits) and max(sizes) < 1e6 else None
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(value))
 
 
 def remarks(standings: Sequence[Standing]) -> list[str]:
     """Sentences on what the table alone would hide."""
+    if not standings:
+        return []
+    goal, first = standings[0].best.goal, standings[0]
     lines = []
-    if near := tied(standings):
-        lines.append(f"Within two standard errors of {standings[0].optimizer}: {', '.join(s.optimizer for s in near)}.")
-    if edges := [f"{s.optimizer} ({s.best.lr:g}, {s.edge})" for s in standings if s.edge]:
-        lines.append(
-            f"Best lr at the edge of its grid, so a better one may lie beyond (see --lrs): {', '.join(edges)}."
-        )
-    diverged = [trial for standing in standings for trial in standing.trials if trial.diverged]
-    if diverged:
-        cases = ", ".join(f"{t.optimizer} at lr {t.lr:g} ({t.diverged} of {len(t.runs)} runs)" for t in diverged)
-        lines.append(f"Diverged: {cases}.")
+    tested = [standing for standing in standings if standing.p is not None]
+    test = f"by a paired t test over seeds, corrected for all pairs, at {100 * LEVEL:g} %"
+    if near := [standing.optimizer for standing in tested if standing.tied]:
+        lines.append(f"Not told apart from {first.optimizer} {test}: {listed(near)}.")
+    elif tested:
+        lines.append(f"{first.optimizer} is told apart from each of the others {test}.")
+    elif len([standing for standing in standings if standing.best.finished]) > 1:
+        lines.append("From one seed it cannot be said that one optimizer is better than another: see --seeds.")
+    if edges := [f"{s.optimizer} ({s.best.lr:g}, {s.edge})" for s in standings if s.edge and s.best.finished]:
+        lines.append(f"Best lr at the edge of its grid, so a better one may lie beyond (see --lrs): {listed(edges)}.")
+    fewest = min(len(standing.trials) for standing in standings)
+    if more := [f"{s.optimizer} ({len(s.trials)})" for s in standings if len(s.trials) > fewest]:
+        lines.append(f"Larger budgets, learning rates where others got {fewest}: {listed(more)}.")
+    for word in ("Diverged", "Failed"):
+        trials = [trial for s in standings if s.failed is None for trial in s.trials if trial.count(word.lower())]
+        if trials:
+            cases = [f"{t.optimizer} at lr {t.lr:g} ({t.count(word.lower())} of {len(t.runs)} runs)" for t in trials]
+            lines.append(f"{word}: {listed(cases)}.")
+    lines += [f"{standing.optimizer} failed: {standing.failed}" for standing in standings if standing.failed]
+    if not any(trial.reached for standing in standings for trial in standing.trials):
+        lines.append(f"No run has reached the target, {goal.aim}: take more --epochs, or another target.")
     return lines
+
+
+def listed(items: Sequence[str]) -> str:
+    """With commas."""
+    return ", ".join(items)
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ("optimizer",)) -> str:
+    """A table as text; columns under a title in `left` begin at the left."""
+    titles = [title.split("\n") for title in head]
+    height = max(map(len, titles))
+    above = [["" for _ in range(height - len(title))] + title for title in titles]
+    lines = [[title[i] for title in above] for i in range(height)] + [list(row) for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    shown = [
+        "  ".join(
+            cell.ljust(width) if title in left else cell.rjust(width)
+            for cell, width, title in zip(line, widths, head, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join(shown)

@@ -1,8 +1,6 @@
 """The workloads that come with schuss, on data that need no download, and how one's own are found."""
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 from schuss.bounds import nearest
 from schuss.lab.workload import Task, Workload
@@ -11,6 +9,7 @@ from schuss.lab.workloads.images import autoencoder, digits, digits_vit
 from schuss.lab.workloads.quadratics import noisy_quadratic, quadratic_deep
 from schuss.lab.workloads.tabular import breast_cancer, diabetes
 from schuss.lab.workloads.text import char_gpt, char_lstm
+from schuss.lookup import named
 
 FUNCTIONS: tuple[Callable[[int], Task], ...] = (
     digits, digits_vit, autoencoder, breast_cancer, diabetes, char_gpt, char_lstm, zipf_dense, zipf_sparse,
@@ -31,18 +30,7 @@ def find(name: str) -> Workload:
         if name not in WORKLOADS:
             raise ValueError(f"unknown workload {name!r}: {nearest(name, [*WORKLOADS, 'module:function'])}")
         return WORKLOADS[name]
-    function = _imported(*name.split(":", 1))
+    function = named(name)
     if not callable(function):
         raise ValueError(f"{name} must be a function of a seed, got {type(function).__name__}")
     return Workload(name, Workload.of(function).description, function)
-
-
-def _imported(module: str, attribute: str) -> Any:
-    try:
-        found = importlib.import_module(module)
-    except Exception as error:  # whatever runs when it is imported
-        raise ValueError(f"cannot import {module!r}: {type(error).__name__}: {error}") from error
-    if not hasattr(found, attribute):
-        public = [name for name in vars(found) if not name.startswith("_")]
-        raise ValueError(f"module {module!r} has no {attribute!r}: {nearest(attribute, public)}")
-    return getattr(found, attribute)
