@@ -207,30 +207,61 @@ def sums_table(seconds: float) -> None:
         gc.collect()
 
 
-def matrices_table(seconds: float) -> None:
-    """Muon and its kin against torch and pytorch_optimizer."""
-    print("\n### Rules with functions of matrices, ms per step\n")
-    print("| rule | matrices | schuss | torch | pytorch_optimizer | torch / schuss | pytorch_optimizer / schuss |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    d = 768
+MATRICES: dict[str, tuple[list[dict[str, object]], str, dict[str, object]]] = {
+    "Muon": ([{}], "", {}),
+    "NorMuon": ([{}], "", {}),
+    "SOAP": ([{}, {"precision": "bfloat16"}], "SOAP", {}),
+    "Shampoo": (
+        [{"block_size": 512, "start_preconditioning_step": 1, "grafting": "sgd", "momentum": 0.9, "nesterov": True}],
+        "ScalableShampoo",
+        {"block_size": 512, "start_preconditioning_step": 1, "preconditioning_compute_steps": 10},
+    ),
+}
+"""Rules with functions of matrices: settings, pytorch_optimizer's name, and its settings for the same work."""
+
+
+def matrices_table(only: list[str], cycles: int) -> None:
+    """Muon and its kin against torch, or pytorch_optimizer if it is installed."""
+    d, frequency = 768, 10
     layer = [(3 * d, d), (d, d), (4 * d, d), (d, 4 * d)]
-    rows = [
-        ("Muon", "GPT-2 small, 2 layers of 4", layer * 2, {}),
-        ("NorMuon", "GPT-2 small, 2 layers of 4", layer * 2, {}),
-        ("SOAP", "8 of 1024x1024", [(1024, 1024)] * 8, {}),
-        ("Shampoo", "8 of 1024x1024", [(1024, 1024)] * 8, {}),
-    ]
-    for name, which, shapes, settings in rows:
-        shared = parameters(shapes, torch.float32)
-        ours = getattr(optim, name)(shared, **settings)
+    print("\n### Rules with functions of matrices: the 4 of a layer of GPT-2 small, ms\n")
+    print(
+        f"Step: the median without new bases or roots. Cycle: the mean of {frequency} steps, one of them with new ones."
+    )
+    print()
+    print("| rule | against | step, schuss | other | other / schuss | cycle, schuss | other | other / schuss |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    for name, (variants, theirs, settings) in MATRICES.items():
+        if only and name not in only:
+            continue
+        shared = parameters(layer, torch.float32)
         in_torch = getattr(torch.optim, name, None)
-        others = [in_torch(shared) if in_torch else None, peer(name, shared) if name == "SOAP" else None]
-        functions = [ours.step, *(o.step for o in others if o is not None)]
-        mine, *rest_of = interleaved(functions, 4 * seconds)
-        rest = iter(rest_of)
-        times = [next(rest) if o is not None else None for o in others]
-        cells = [f"{t:.0f}" if t else "-" for t in times] + [f"{t / mine:.2f}" if t else "-" for t in times]
-        print(f"| {name} | {which} | {mine:.0f} | {' | '.join(cells)} |", flush=True)
+        other = in_torch(shared) if in_torch is not None else peer(theirs, shared, **settings)
+        optimizers = [*(getattr(optim, name)(shared, **more) for more in variants), *([other] if other else [])]
+        plain, mean = [], []
+        times: list[list[float]] = [[] for _ in optimizers]
+        for count in range(2 + cycles * frequency):  # the first steps make state, and find the first bases
+            for p in shared:
+                p.grad.normal_(0, 0.1)  # or all bases would be those of one gradient
+            for optimizer, t in zip(optimizers, times, strict=True):
+                start = time.perf_counter()
+                optimizer.step()
+                if count >= 2:
+                    t.append(1e3 * (time.perf_counter() - start))
+        for t in times:
+            plain.append(statistics.median(t))
+            renewing = statistics.median(max(t[k : k + frequency]) for k in range(0, len(t), frequency))
+            mean.append((renewing + (frequency - 1) * plain[-1]) / frequency if theirs else plain[-1])
+        against = "-" if other is None else f"{type(other).__module__.partition('.')[0]} {type(other).__name__}"
+        for k, more in enumerate(variants):
+            label = ", ".join([name, *(str(value) for key, value in more.items() if key == "precision")])
+            cells = [against]
+            for values in (plain, mean):
+                cells.append(f"{values[k]:.0f}")
+                cells += [f"{values[-1]:.0f}", f"{values[-1] / values[k]:.2f}"] if other else ["-", "-"]
+            print(f"| {label} | {' | '.join(cells)} |", flush=True)
+        del optimizers, other
+        gc.collect()
 
 
 STORAGES: dict[str, tuple[torch.dtype, dict[str, object]]] = {
@@ -405,7 +436,7 @@ def main() -> None:
     if "sums" in tables:
         sums_table(seconds)
     if "matrices" in tables:
-        matrices_table(seconds)
+        matrices_table(only, 1 if arguments.quick else 3)
     if "storage" in tables:
         storage_table(seconds)
     if "around" in tables:

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from cases import Case, assert_equal, each, gradient, randn
 from schuss import optim
+from schuss.engine.pieces import _subtracted
+from schuss.engine.trace import Graph, parameters
 
 Array = np.ndarray[Any, Any]
 BACKENDS = ("numba", "foreach", "reference")
@@ -209,6 +212,53 @@ def test_the_scale_is_one_over_the_share_and_a_thousand_at_most(goes: int, facto
     p.grad[:goes] = 1.0
     optim.SGD([p], lr=1.0, cautious=True).step()
     torch.testing.assert_close(p.detach(), -factor * p.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lr", [1e-3, 1e-9, 1e-20])
+def test_steps_that_round_away_count_as_what_they_are(
+    backend: str, dtype: torch.dtype, rounding: str, lr: float
+) -> None:
+    """Steps of 1e-13 or less do not move elements of 1. All go at the first step, three quarters at the second."""
+    if rounding != "nearest" and dtype != torch.bfloat16:
+        pytest.skip("for half types")
+    p = torch.nn.Parameter(torch.ones(1000, dtype=dtype))
+    with torch.no_grad():
+        p[0] = 0.0
+    optimizer = optim.SGD([p], lr=lr, momentum=0.5, cautious=True, backend=backend, rounding=rounding)
+    for step in range(2):
+        p.grad = torch.full_like(p, 1e-10)
+        if step:
+            p.grad[-250:] = -1e-11
+        optimizer.step()
+    assert p[0].item() == pytest.approx(-lr * 1e-10 * (1 + 1.5 / 0.75), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_that_round_away_decide_on_decay(backend: str, dtype: torch.dtype) -> None:
+    """Of a step of 1e-9 and a decay by a half: it would lead away from zero in the first place alone."""
+    p = torch.nn.Parameter(torch.ones(2, dtype=dtype))
+    p.grad = torch.tensor([-1.0, 1.0], dtype=dtype)
+    optim.Lion([p], lr=1e-9, weight_decay=5e8, cautious_decay=True, backend=backend).step()
+    assert p.tolist() == [1.0, 0.5]
+
+
+@each(cases.RICH + cases.PLAIN)
+def test_what_every_rule_subtracts_is_known(case: Case) -> None:
+    """But of Schedule-Free's, which refuse it: else p minus the new p would stand for it."""
+    optimizer = case.ours(case.parameters())
+    rule, group = optimizer._rule, optimizer.param_groups[0]
+    variant, graph = rule.variant(group), Graph()
+    flags, there = rule.chosen(variant), rule.letters(variant)
+    given = [
+        flags[n] if n in flags else graph.name(n) if there.get(n, True) else None for n in parameters(rule.formula)[2:]
+    ]
+    new = rule.formula(p := graph.name("p"), graph.name("g"), *given)
+    known = _subtracted(new[0] if isinstance(new, tuple) else new, p) is not None
+    assert known != case.name.startswith("ScheduleFree")
 
 
 def test_each_tensor_has_its_own_share() -> None:

@@ -833,6 +833,103 @@ def test_dense_gradients_of_who_takes_sparse_ones() -> None:
     assert p.tolist() == [1.0, 1.0]
 
 
+def test_dense_gradients_of_schuss_s_own_who_takes_sparse_ones() -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = Combined([optim.SGD([p], lr=0.1), optim.SparseAdam([q])])
+    p.grad, q.grad = torch.ones(2), torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="SparseAdam does not support dense gradients"):
+        optimizer.step()
+    assert p.tolist() == [1.0, 1.0]
+
+
+def in_eval_mode(q: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = optim.ScheduleFreeSGD([q], lr=0.1)
+    q.grad = torch.ones(2)
+    optimizer.step()
+    optimizer.eval()
+    return optimizer
+
+
+def at_its_averages(q: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = optim.SGD([q], lr=0.1, ema_decay=0.5)
+    optimizer.inside = optimizer.averaged()  # type: ignore[attr-defined]
+    optimizer.inside.__enter__()  # type: ignore[attr-defined]
+    return optimizer
+
+
+def at_its_slow_weights(q: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = Lookahead(optim.SGD([q], lr=0.1))
+    optimizer.inside = optimizer.slow_weights()  # type: ignore[attr-defined]
+    optimizer.inside.__enter__()  # type: ignore[attr-defined]
+    return Lookahead(optimizer)
+
+
+def without_a_second_pass(q: nn.Parameter) -> torch.optim.Optimizer:
+    return SAM(optim.SGD([q], lr=0.1))
+
+
+def after_a_broken_first_pass(q: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = SAM(optim.SGD([q], lr=0.1))
+
+    def closure() -> float:
+        q.grad = torch.full((2,), torch.inf)
+        return 0.0
+
+    optimizer.backward(closure)
+    return optimizer
+
+
+def with_several_rates(q: nn.Parameter) -> torch.optim.Optimizer:
+    optimizer = optim.Prodigy([{"params": [q]}, {"params": [nn.Parameter(torch.ones(2))]}])
+    optimizer.param_groups[1]["lr"] = 2.0
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (in_eval_mode, r"ScheduleFreeSGD: a step in eval mode, .* call optimizer\.train\(\)"),
+        (at_its_averages, r"SGD: a step inside averaged\(\) would be undone"),
+        (at_its_slow_weights, r"Lookahead: a step inside slow_weights\(\) would be undone"),
+        (without_a_second_pass, r"SAM: step\(\) takes gradients of the perturbed parameters"),
+        (after_a_broken_first_pass, "SAM: the norm of the gradients of the first pass is not finite"),
+        (with_several_rates, "Prodigy: lr must be the same in all groups"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_who_is_not_ready_is_found_before_the_first_steps(second: Any, message: str, nested: bool) -> None:
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    inner = second(q)
+    optimizer = Combined([optim.SGD([p], lr=0.5), Combined([inner]) if nested else inner])
+    p.grad = torch.ones(2)
+    q.grad = torch.ones(2) if q.grad is None else q.grad
+    before, entries = q.tolist(), [*optimizer.state]
+    with pytest.raises(RuntimeError if "Prodigy" not in message else ValueError, match=message) as caught:
+        optimizer.step()
+    assert not hasattr(caught.value, "__notes__")
+    assert (p.tolist(), q.tolist()) == ([1.0, 1.0], before)
+    assert [*optimizer.state] == entries
+
+
+def test_a_broken_first_pass_that_a_scaler_skips() -> None:
+    """It is the scaler that finds the infinity, as it would without Combined."""
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    sam = SAM(optim.SGD([q], lr=0.5))
+    optimizer = Combined([optim.SGD([p], lr=0.5), sam])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.zeros(()))
+
+    def closure() -> float:
+        p.grad, q.grad = torch.ones(2), torch.full((2,), torch.inf)
+        return 0.0
+
+    sam.backward(closure)
+    scaler.step(optimizer)
+    scaler.update()
+    assert (p.tolist(), q.tolist(), scaler.get_scale()) == ([1.0, 1.0], [1.0, 1.0], 2.0)
+
+
 class Failing(torch.optim.SGD):
     def step(self, closure: Any = None) -> Any:
         raise OSError("no more memory")
@@ -843,7 +940,7 @@ def test_who_has_stepped_when_one_fails_is_said() -> None:
     p.grad = q.grad = torch.ones(2)
     with pytest.raises(OSError, match="no more memory") as caught:
         Combined([optim.SGD([p], lr=0.5), Failing([q])]).step()
-    assert caught.value.__notes__ == ["Combined: SGD made this step already, Failing did not"]
+    assert caught.value.__notes__ == ["Combined: SGD made this step already, Failing did not finish it"]
     assert p.tolist() == [0.5, 0.5]
     with pytest.raises(OSError, match="no more memory") as caught:
         Combined([Failing([q]), optim.SGD([p], lr=0.5)]).step()
@@ -938,7 +1035,7 @@ def test_averages_of_all_or_none() -> None:
             optimizer.step()
     assert_equal(values(params), fast)
     with optimizer.optimizers["AdamW"].averaged():  # type: ignore[attr-defined]
-        with pytest.raises(RuntimeError, match=r"a step inside averaged\(\) of AdamW"):
+        with pytest.raises(RuntimeError, match=r"AdamW: a step inside averaged\(\)"):
             optimizer.step()
         assert_equal(values(params[:3]), fast[:3])
     half = Combined([optim.SGD(params[:3], ema_decay=0.5), torch.optim.AdamW(params[3:])])

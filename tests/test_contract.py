@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -62,10 +63,58 @@ def copies(params: Sequence[torch.Tensor]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
+def assert_alike(
+    optimizer: torch.optim.Optimizer, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], what: str = ""
+) -> None:
+    """Parameters agree bit for bit, or to rounding where another kernel may add the elements of sums otherwise."""
+    if has_sums(optimizer):
+        assert_close_params(ours, theirs, what)
+    else:
+        assert_equal([p.detach() for p in ours], [p.detach() for p in theirs], what)
+
+
 def unchanged_but_gradients(optimizer: torch.optim.Optimizer, before: dict[str, Any]) -> None:
     after = snapshot(optimizer)
     for key in ("params", "state", "groups"):
         assert_equal(after[key], before[key], key)
+
+
+# --- hyperparameters of other types -----------------------------------------------------------------------------------
+
+ENGINE = ("foreach", "fused", "capturable", "differentiable")
+
+
+def of_numpy(value: Any) -> Any:
+    """The same as a number of NumPy, or a tuple of them."""
+    if isinstance(value, tuple):
+        return tuple(map(of_numpy, value))
+    if not isinstance(value, (bool, int, float)):
+        return value
+    kinds: dict[type, Callable[[Any], Any]] = {bool: np.bool_, int: np.int64, float: np.float64}
+    return kinds[type(value)](value)
+
+
+@each(RICH + PLAIN)
+def test_numbers_and_booleans_of_numpy(case: Case) -> None:
+    params, others = case.parameters(), case.parameters()
+    ours = case.ours(params)
+    known = set(inspect.signature(case.cls).parameters) - {*ENGINE}
+    given = {name: of_numpy(value) for name, value in ours.defaults.items() if name in known}
+    other = case.cls(others, **given)
+    drive(ours, params, range(3))
+    drive(other, others, range(3))
+    assert_equal([p.detach() for p in others], [p.detach() for p in params])
+    assert_equal([*other.state.values()], [*ours.state.values()])
+
+
+@pytest.mark.parametrize("value", [1, 0, None, np.True_, np.False_])
+@pytest.mark.parametrize("of_group", [False, True])
+def test_flags_may_be_whatever_is_true_or_not(value: Any, of_group: bool) -> None:
+    p = parameters()
+    group = {"params": p} | ({"amsgrad": value} if of_group else {})
+    optimizer = optim.Adam([group], **({} if of_group else {"amsgrad": value}))
+    drive(optimizer, p, range(2))
+    assert ("max_exp_avg_sq" in optimizer.state[p[0]]) == bool(value)
 
 
 # --- the class --------------------------------------------------------------------------------------------------------
@@ -536,10 +585,7 @@ def test_grad_scaler(case: Case, unscale: bool, backend: str) -> None:
             assert scaler.get_scale() == scale / 2
         drive(a, plain, [step])
         scaled_step(scaler, b, scaled, step, unscale=unscale, spoil=False)
-        if has_sums(a):
-            assert_close_params(scaled, plain, f"step {step}")
-        else:
-            assert_equal([p.detach() for p in scaled], [p.detach() for p in plain], f"step {step}")
+        assert_alike(a, scaled, plain, f"step {step}")
     if not has_sums(a):
         assert_equal(b.state_dict(), a.state_dict())
     assert not hasattr(b, "grad_scale")
@@ -559,7 +605,7 @@ def test_users_own_grad_scale(case: Case) -> None:
         b.grad_scale = torch.tensor(4.0)
         a.step()
         b.step()
-    assert_equal([p.detach() for p in scaled], [p.detach() for p in plain])
+    assert_alike(a, scaled, plain)
 
 
 # --- hooks and closures -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from schuss import optim
+from schuss import Optimizer, optim
 
 SHAPES = ((33, 7), (5000,), (3,), ())
 
@@ -180,6 +180,63 @@ def test_rows_without_a_gradient_are_averaged_too():
         with torch.no_grad():
             table[0] += 2.0
     assert optimizer.state[table]["ema"].flatten().tolist() == [1.0, 4.0, 0.0]
+
+
+def of_row(row: int, value: float) -> torch.Tensor:
+    return torch.sparse_coo_tensor([[row]], torch.full((1, 2), value), (3, 2), check_invariants=True)
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, optim.Adagrad])
+def test_a_gradient_that_is_made_dense_for_the_average_moves_what_its_rows_do(cls):
+    """Adagrad's first sum is 0 where there is no gradient."""
+    tables = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    rows, dense = cls([tables[0]], lr=0.5), cls([tables[1]], lr=0.5, ema_decay=0.5)
+    for step in range(4):
+        for table in tables:
+            table.grad = of_row(step % 2, step - 1.5)
+        rows.step()
+        dense.step()
+        assert torch.equal(*tables)
+    [entry] = dense.plan().entries
+    assert entry.route.reason == "sparse gradient, made dense for the average"
+    assert rows.plan().entries[0].route.reason == "sparse gradient, only its rows"
+
+
+class Rows(Optimizer):
+    """Momentum of the rows that occur."""
+
+    states = {"m": "momentum"}
+    rule = staticmethod(lambda p, g, m, lr: (p - lr * (0.5 * m + g), 0.5 * m + g))
+
+    def __init__(self, params, lr=1.0, **options):
+        super().__init__(params, {"lr": lr}, **options)
+
+    @classmethod
+    def sparse_form(cls, group):
+        return "rows"
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings", "words"),
+    [
+        (Rows, {}, "of which only the rows are updated; ema_decay"),
+        (optim.Adagrad, {"eps": 0.0}, "of which only the rows are updated; ema_decay"),
+        (optim.SGD, {"cautious": True}, "of which only the rows are updated, and counted by cautious; ema_decay"),
+    ],
+)
+def test_an_average_of_rules_of_rows_is_an_error(cls, settings, words):
+    """Made dense, the gradient would move rows that it does not have, or count them."""
+    other, table = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = cls([other, table], ema_decay=0.5, **settings)
+    other.grad, table.grad = torch.ones(2), of_row(1, 1.0)
+    kept = len(optimizer.state)
+    with pytest.raises(RuntimeError, match=rf"{cls.__name__}: parameter 1 of group 0 has a sparse gradient, {words} "):
+        optimizer.step()
+    assert torch.equal(table, torch.ones(3, 2))
+    assert torch.equal(other, torch.ones(2))
+    assert len(optimizer.state) == kept
+    cls([table], **settings).step()
+    assert (table != 1).any(1).tolist() == [False, True, False]
 
 
 def test_scaler_overflow_changes_no_average():

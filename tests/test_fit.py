@@ -27,7 +27,7 @@ from schuss.training.accumulate import accumulate
 from schuss.training.checkpoints import load_checkpoint
 from schuss.training.fit import fit
 from schuss.training.history import History
-from schuss.wrappers import Lookahead
+from schuss.wrappers import SAM, Lookahead
 
 torch.manual_seed(5)
 X = torch.randn(23, 3)
@@ -975,8 +975,19 @@ def test_errors(options: dict[str, Any], error: type[Exception], message: str) -
 
 def test_errors_about_the_optimizer() -> None:
     model = model_of()
-    with pytest.raises(TypeError, match="fit: LBFGS needs a closure"):
-        fit(model, PAIRS, mse_loss, torch.optim.LBFGS(model.parameters()), epochs=1)
+    several: list[tuple[torch.optim.Optimizer, str]] = [
+        (torch.optim.LBFGS(model.parameters()), "LBFGS"),
+        (optim.LBFGS(model.parameters()), "LBFGS"),
+        (Lookahead(torch.optim.LBFGS(model.parameters())), "LBFGS inside of Lookahead"),
+        (Lookahead(optim.LBFGS(model.parameters())), "LBFGS inside of Lookahead"),
+        (SAM(optim.SGD(model.parameters(), lr=0.1)), "SAM"),
+        (Lookahead(SAM(optim.SGD(model.parameters(), lr=0.1))), "SAM inside of Lookahead"),
+    ]
+    before = [p.detach().clone() for p in model.parameters()]
+    for one, named in several:
+        with pytest.raises(TypeError, match=rf"fit: {named} needs a closure, .* with optimizer\.step\(closure\)"):
+            fit(model, PAIRS, mse_loss, one, epochs=1)
+    assert all(map(torch.equal, model.parameters(), before))
     with pytest.raises(ValueError, match=r"fit: the optimizer has no parameter of the model; make it from model\."):
         fit(model, PAIRS, mse_loss, optim.SGD(model_of().parameters(), lr=0.1), epochs=1)
     optimizer = optim.SGD(model.parameters(), lr=0.1)

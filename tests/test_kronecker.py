@@ -147,6 +147,36 @@ def test_numbers_of_every_back_end_make_the_same_bits(numbers: object) -> None:
     assert torch.equal(kronecker.left_moment(x, before, np.full(1, 0.7), numbers), expected)
 
 
+@pytest.mark.parametrize("block", [None, 3])
+def test_lists_are_batches(block: int | None) -> None:
+    """To the same bits."""
+    x = randn(2, 8, 6)
+    blocks = () if block is None else (6,)
+    left, right = randn(2, *blocks, *[block or 8] * 2, seed=1), randn(2, *blocks, *[block or 6] * 2, seed=2)
+    for function, squares in ((kronecker.rotate, (left, right)), (kronecker.rotate_back, (None, right))):
+        if block is None:
+            assert torch.equal(function(x, *(f if f is None else list(f) for f in squares)), function(x, *squares))
+    surrounded = kronecker.surround(x, left, right, block=block)
+    assert torch.equal(kronecker.surround(x, list(left), list(right), block=block), surrounded)
+    moments = kronecker.left_moment(x, left, 0.5, 0.25, block=block)
+    assert torch.equal(kronecker.left_moment(x, list(left), 0.5, 0.25, block=block), moments)
+
+
+@pytest.mark.parametrize("side", [7, 600])  # in one piece, and in strips
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_in_their_own_place(side: int, dtype: torch.dtype) -> None:
+    x, before = randn(3, side, 5, dtype=dtype), randn(3, side, side, seed=1, dtype=torch.float32)
+    before += before.mT.clone()
+    for moment, y in ((kronecker.left_moment, x), (kronecker.right_moment, x.mT)):
+        expected = moment(y, before, 0.75, 0.5)
+        own = [a.clone() for a in before]
+        assert moment(y, own, 0.75, 0.5, out=[own[0], None, own[2]]) is None
+        assert torch.equal(torch.stack(own), torch.stack([expected[0], before[1], expected[2]]))
+        elsewhere = [torch.full_like(a, torch.nan) for a in before]
+        moment(y, before, np.array([0.75, 1.0, 0.75]), np.array([0.5, 0.0, 0.5]), out=elsewhere)
+        assert torch.equal(torch.stack(elsewhere), torch.stack([expected[0], before[1], expected[2]]))
+
+
 # --- eigenvectors -----------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +222,24 @@ def test_columns_are_put_in_order_of_their_eigenvalues() -> None:
     basis, order = found
     assert torch.equal(shuffle[order], torch.arange(5))
     torch.testing.assert_close((basis.mT @ sorted_basis).abs(), torch.eye(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 5)])
+@pytest.mark.parametrize("factors", [*FACTORS, (False, False)])
+def test_turning_into_new_bases(shape: tuple[int, int], factors: tuple[bool, bool]) -> None:
+    """What a matrix of coordinates stands for stays."""
+    old, new = ([torch.linalg.qr(randn(n, n, seed=seed + n)).Q for n in shape] for seed in (1, 2))
+    x = randn(*shape)
+    pairs = [(a, b) if there else None for a, b, there in zip(old, new, factors, strict=True)]
+    turned = kronecker.turn(x, *pairs)
+    before, after = ([q if there else None for q, there in zip(bases, factors, strict=True)] for bases in (old, new))
+    stands_for = [kronecker.rotate_back(y[None], *([q[None] if q is not None else q for q in bases]))
+                  for y, bases in ((x, before), (turned, after))]  # fmt: skip
+    torch.testing.assert_close(*stands_for, rtol=1e-13, atol=1e-13)
+    rounded = kronecker.turn(x, *pairs, torch.bfloat16)
+    assert rounded.dtype == x.dtype
+    if any(factors):
+        assert 2.0**-12 < (rounded - turned).norm() / turned.norm() < 2.0**-6
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

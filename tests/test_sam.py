@@ -1,6 +1,7 @@
 """SAM and ASAM against their papers' formulas in NumPy, and the contract of wrappers."""
 
 import copy
+import functools
 import gc
 import math
 import pickle
@@ -286,6 +287,58 @@ def test_lbfgs_sees_the_gradient_at_the_perturbed_parameters(cls: Any) -> None:
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10)
     assert calls == 3 * 2 * 4
+
+
+def counted_by_a_decorator(optimizer: torch.optim.Optimizer) -> None:
+    """As a profiler without functools.wraps does it: the signature says nothing."""
+    step = optimizer.step
+    optimizer.step = lambda *args, **kwargs: step(*args, **kwargs)  # type: ignore[method-assign]
+
+
+def as_a_partial(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step = functools.partial(optimizer.step)  # type: ignore[method-assign]
+
+
+def under_another_name(optimizer: torch.optim.Optimizer) -> None:
+    step = optimizer.step
+    optimizer.step = lambda evaluate=None: step(evaluate)  # type: ignore[method-assign]
+
+
+def by_a_scheduler(optimizer: torch.optim.Optimizer) -> None:
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+
+
+def without_an_argument(optimizer: torch.optim.Optimizer) -> None:
+    step = optimizer.step
+    optimizer.step = lambda: step()  # type: ignore[method-assign]
+
+
+MADE: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.3, max_iter=3),
+    "Lookahead(LBFGS)": lambda p: Lookahead(torch.optim.LBFGS(p, lr=0.3, max_iter=3), k=2),
+    "Combined": lambda p: schuss.Combined([optim.SGD(p[:1], lr=0.1), torch.optim.AdamW(p[1:], lr=0.1)]),
+}
+
+
+@pytest.mark.parametrize(
+    "wrapped", [counted_by_a_decorator, as_a_partial, under_another_name, by_a_scheduler, without_an_argument],
+)  # fmt: skip
+@pytest.mark.parametrize("inner", MADE)
+@pytest.mark.parametrize("outside", [False, True], ids=["", "inside of Lookahead"])
+def test_whatever_a_step_is_wrapped_in(inner: str, wrapped: Callable[..., None], outside: bool) -> None:
+    if wrapped is without_an_argument and "LBFGS" in inner:
+        pytest.skip("LBFGS cannot do without a closure")
+    problem = Problem()
+    ours, theirs = problem.parameters(), problem.parameters()
+    one, other = MADE[inner](ours), MADE[inner](theirs)
+    wrapped(one)
+    optimizers = [SAM(one, rho=0.1), SAM(other, rho=0.1)]
+    optimizers = [Lookahead(optimizer, k=2) for optimizer in optimizers] if outside else optimizers
+    for _ in range(3):
+        for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
+            by_closure(problem, optimizer, params)
+        assert_equal(values(ours), values(theirs))
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------

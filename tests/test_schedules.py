@@ -42,6 +42,7 @@ from schuss.schedules import (
     wsd,
 )
 from schuss.schedules.expression import NAMES
+from schuss.wrappers import Combined
 
 EACH = [
     constant(0.5), linear(10), linear(7, 0.2, 1.5), cosine(10), cosine(9, end=0.1), polynomial(8, power=2.5),
@@ -530,6 +531,64 @@ def test_bad_arguments(error: type[Exception], named: dict[str, Any], message: s
         Schedule(adamw(1.0), **named)
 
 
+def of_two_kinds() -> Combined:
+    return Combined(
+        {"matrices": optim.SGD([parameter()], lr=1.0, momentum=0.5), "others": optim.AdamW([parameter()], lr=2.0)}
+    )
+
+
+def test_hyperparameters_that_not_every_group_has() -> None:
+    optimizer = of_two_kinds()
+    schedules = (
+        Schedule(optimizer, groups=[1], betas=(linear(4), None)),
+        Schedule(optimizer, groups=0, momentum=linear(4)),
+    )
+    for schedule in schedules:
+        schedule.step()
+    sgd, adamw_ = optimizer.param_groups
+    assert (sgd["momentum"], adamw_["betas"]) == (0.375, (0.675, 0.999))
+    assert "betas" not in sgd
+    assert "momentum" not in adamw_
+    by_choice = Schedule(of_two_kinds(), groups=lambda group: "betas" in group, betas=(linear(4), None))
+    assert by_choice.values() == [{"betas": (0.9, 0.999)}]
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "message"),
+    [
+        (TypeError, dict(betas=(linear(3), None)), "group 0 of Combined has no hyperparameter 'betas'; choose those "
+         "that have: groups=[1]"),
+        (TypeError, dict(momentum=linear(3)), "group 1 of Combined has no hyperparameter 'momentum'; choose those that "
+         "have: groups=[0]"),
+        (ValueError, dict(lr=(linear(3), None)), "lr of group 0 of Combined takes one schedule, got (linear(3), None)"),
+        (TypeError, dict(rho=linear(3)), "Combined has no hyperparameter 'rho'; choose from lr, momentum, dampening, "
+         "weight_decay, betas, eps"),
+    ],
+)  # fmt: skip
+def test_every_chosen_group_is_looked_at(error: type[Exception], named: dict[str, Any], message: str) -> None:
+    optimizer = of_two_kinds()
+    before = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(error, match=re.escape(f"Schedule: {message}") + "$"):
+        Schedule(optimizer, lr=linear(3), **named) if "lr" not in named else Schedule(optimizer, **named)
+    assert [dict(group) for group in optimizer.param_groups] == before
+
+
+def test_a_group_that_is_added_later_is_looked_at() -> None:
+    optimizer = of_two_kinds()
+    schedule = Schedule(optimizer, groups=lambda group: group["lr"] > 1, betas=(linear(4), None))
+    optimizer.add_param_group({"params": [parameter()], "lr": 3.0, "optimizer": "matrices"})
+    with pytest.raises(TypeError, match=r"group 2 of Combined has no hyperparameter 'betas'; .*: groups=\[1\]$"):
+        schedule.step()
+    assert (schedule.last_epoch, optimizer.param_groups[1]["betas"]) == (0, (0.9, 0.999))
+
+
+def test_a_tensor_that_two_kinds_of_groups_share() -> None:
+    rate = torch.tensor(0.5, dtype=torch.float64)
+    optimizer = Combined([optim.SGD([parameter()], lr=rate), optim.AdamW([parameter()], lr=rate, betas=(0.5, 0.9))])
+    Schedule(optimizer, groups=1, betas=(None, linear(4)), lr=linear(4)).step()
+    assert lrs(optimizer) == [0.5, 0.375]
+
+
 def test_something_that_is_no_optimizer() -> None:
     with pytest.raises(TypeError, match=r"Schedule: optimizer must be a torch.optim.Optimizer, got int$"):
         Schedule(3, lr=linear(3))  # type: ignore[arg-type]
@@ -588,9 +647,23 @@ def test_text_draws_each_value_where_it_belongs() -> None:
     assert picture.text([0.0, 1.0, 2.0], width=3, height=3, dots=False).splitlines() == ["2 |   *", "  |  *", "0 | *"]
     assert picture.text([1.0, 1.0], width=2, height=1).splitlines() == ["1 | ⠉⠉"]
     assert picture.text([0.0], width=1, height=1).splitlines() == ["1 | ⣀"]
+    assert picture.text([-1.0, -1.0], width=2, height=1).splitlines() == ["0 | ⣀⣀"]
     spike = [0.0] * 1000
     spike[777] = 1.0
     assert "*" in picture.text(spike, width=10, height=4, dots=False).splitlines()[0]
+
+
+def test_the_axis_ends_at_zero_if_it_is_near() -> None:
+    def drawn(*values: float) -> list[str]:
+        lines = picture.text(values, width=len(values), height=3, dots=False).splitlines()
+        return [line.rstrip() for line in lines]
+
+    assert drawn(1.0, 2.0) == ["2 |  *", "  | *", "0 |"]
+    assert drawn(0.90, 0.95, 1.00) == ["  1 |   *", "    |  *", "0.9 | *"]
+    assert drawn(-1.00, -0.95, -0.90) == ["-0.9 |   *", "     |  *", "  -1 | *"]
+    assert drawn(-2.0, -1.0) == [" 0 |", "   |  *", "-2 | *"]
+    assert drawn(-1.0, 0.0, 1.0) == [" 1 |   *", "   |  *", "-1 | *"]
+    assert drawn(0.90001, 0.90002) == ["0.90002 |  *", "        |", "0.90001 | *"]
 
 
 def test_long_schedules_are_thinned_out() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from cases import assert_equal, randn
 from schuss import optim
+from schuss.optim._preconditioned import _batches
 
 Array = np.ndarray[Any, Any]
 BACKENDS = ("numba", "foreach", "reference")
@@ -428,6 +429,15 @@ def test_bases_and_roots_do_not_depend_on_threads(cls: Any, threads: Callable[[i
         results.append([p.detach() for p in params])
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
+
+
+def test_what_is_renewed_at_once_is_alike() -> None:
+    """As many at once as there are threads; small ones in larger numbers."""
+    large, small = torch.empty(2000, 900, device="meta"), torch.empty(30, 20, device="meta")
+    sizes = [len(batch) for batch in _batches([(small,)] * 7 + [(large,)] * 5, 2)]
+    assert sizes == [8, 2, 2]
+    assert [len(batch) for batch in _batches([(large,)] * 3, 1)] == [1, 1, 1]
+    assert list(_batches([], 2)) == []
 
 
 def test_an_error_on_the_way_changes_no_matrix(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,13 +133,21 @@ def _choice(condition: torch.Tensor, yes: Any, no: Any) -> torch.Tensor:
 _choice.__name__ = "where"
 
 
+def _both(a: Any, b: Any) -> torch.Tensor:
+    """`torch.logical_and`, which takes no Python boolean."""
+    return torch.logical_and(torch.as_tensor(a), torch.as_tensor(b))
+
+
+_both.__name__ = "logical_and"
+
+
 def _towards(choose: Callable[..., Any]) -> Callable[..., Any]:
     """torch's lerp, which starts from the nearer end; its own takes no numbers as ends."""
 
     def lerp(a: Any, b: Any, weight: Any) -> Any:
         near, far = a + weight * (b - a), b + (weight - 1) * (b - a)
-        if isinstance(weight, (int, float)):
-            return near if abs(weight) < 0.5 else far
+        if isinstance(weight, (int, float, np.number)):
+            return near if abs(float(weight)) < 0.5 else far
         return choose(abs(weight) < 0.5, near, far)
 
     return lerp
@@ -163,7 +171,7 @@ where = word(_choice, np.where)
 where.__doc__ = "`where(condition, yes, no)`: elementwise choice. What is not chosen has no influence, NaN included."
 lerp = word(_towards(torch.where), _towards(np.where))
 lerp.__doc__ = "`lerp(a, b, weight)`: a moved towards b, a + weight (b - a); from b's side where weight is 0.5 or more."
-logical_and = word(torch.logical_and, np.logical_and)
+logical_and = word(_both, np.logical_and)
 logical_and.__doc__ = "Both conditions hold."
 
 
@@ -174,8 +182,8 @@ def clamp(x: Any, low: Any, high: Any) -> Any:
 
 # --- words about a whole tensor ---------------------------------------------------------------------------------------
 
-# Sums are float64 numbers, so that they do not depend on how a tensor is cut into pieces, nor overflow where its
-# elements do not; what they are multiplied with keeps its dtype, as torch's tensors do with one of no dimensions.
+# Sums are float64 numbers, so that a long one is as exact as a short one, and does not overflow where its elements do
+# not (the CPU's kernels multiply and add blocks of elements in float32); what they are multiplied with keeps its dtype, as torch's tensors do with one of no dimensions.
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -264,28 +272,35 @@ class MatrixCall:
         settings: keyword arguments.
         there: which of its other arguments are not None.
         square: whether the value is not like the first argument, but a square matrix.
+        listed: whether states may come as lists, and a square value may be written to tensors.
     """
 
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., Any]
     dtype: torch.dtype | None
     square: bool
+    listed: bool
     settings: tuple[tuple[str, Any], ...]
     there: tuple[bool, ...]
 
     def __call__(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """The value, in the dtype of x; x of more dimensions is a matrix whose rows are its first one."""
         matrices = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        value = self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype)
+        value: torch.Tensor = self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype)
         return value if self.square else value.view_as(x)
 
-    def batch(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    def batch(self, x: torch.Tensor, *others: Any, **settings: Any) -> Any:
         """The function's value, of matrices [batch, rows, columns] in its dtype."""
         given = iter(others)
-        return self.function(x, *(next(given) if there else None for there in self.there), **dict(self.settings))
+        args = (next(given) if there else None for there in self.there)
+        return self.function(x, *args, **dict(self.settings), **settings)
 
 
 def matrix_function(
-    function: Callable[..., torch.Tensor], dtype: torch.dtype | None = None, *, square: bool = False
+    function: Callable[..., Any],
+    dtype: torch.dtype | None = None,
+    *,
+    square: bool = False,
+    listed: bool = False,
 ) -> Callable[..., Any]:
     """A word for rules that is a function of whole matrices, run by torch between two passes.
 
@@ -294,11 +309,14 @@ def matrix_function(
             "right", or None. It returns something like x, and changes nothing.
         dtype: of x, and of a value like it; None: what the rule computes in.
         square: the value is a square matrix, for a state that is like "left" or "right".
+        listed: a state may come as a list with a tensor for each matrix, instead of a batch: so it is not copied. With
+            square the function has an argument `out`, too, None or such a list: the values are written to its tensors,
+            which may be those that they are computed from; None among them: of that matrix no value is wanted.
     """
 
     def apply(x: Any, *others: Any, **settings: Any) -> Any:
         there = tuple(other is not None for other in others)
-        call = MatrixCall(function, dtype, square, tuple(sorted(settings.items())), there)
+        call = MatrixCall(function, dtype, square, listed, tuple(sorted(settings.items())), there)
         args = (x, *(o for o in others if o is not None))
         return x.__formula__(call, args) if isinstance(x, Operand) else call(*args)
 

@@ -113,6 +113,7 @@ class Optimizer(torch.optim.Optimizer):
             cls.decay,
             defaults,
             cls.choices,
+            [n for n, p in inspect.signature(cls).parameters.items() if isinstance(p.default, bool)],
         )
 
     def _reset(self) -> None:
@@ -138,8 +139,12 @@ class Optimizer(torch.optim.Optimizer):
         return p.dim() in bounds.Interval.parse(cls.dimensions) and (cls.takes_complex or not p.is_complex())
 
     @classmethod
-    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense"] | None:
-        """How a sparse gradient is used: only its rows are touched, it is made dense, or (None) it is an error."""
+    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense", "either"] | None:
+        """How a sparse gradient is used: only its rows are touched, it is made dense, or (None) it is an error.
+
+        "either" says that the two are the same, since elements whose gradient is 0, and their states, stay as they are:
+        its rows are touched, and it is made dense where an average needs all rows.
+        """
         return None
 
     # --- torch's contract -------------------------------------------------------------------------------------------
@@ -163,14 +168,12 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient that does not fit its parameter. Nothing has been changed then.
         """
-        if self._is_averaged:
-            raise RuntimeError(
-                f"{type(self).__name__}: a step inside averaged() would be undone by its end; step before or after it"
-            )
+        self._check_ready()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_gradients()
         skip: torch.Tensor | None = getattr(self, "found_inf", None)
         scale: torch.Tensor | float | None = getattr(self, "grad_scale", None)
         gain: float | torch.Tensor = 1.0
@@ -190,6 +193,16 @@ class Optimizer(torch.optim.Optimizer):
             self._plan = None  # whatever it was in the middle of, the next step looks afresh
             raise
         return loss
+
+    def _check_ready(self) -> None:
+        """Raise if a step would be refused now, whatever the gradients."""
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{type(self).__name__}: a step inside averaged() would be undone by its end; step before or after it"
+            )
+
+    def _check_gradients(self) -> None:
+        """Raise on gradients that this optimizer is not for; those that no back end can use are found later."""
 
     @property
     def skipped_steps(self) -> int:
@@ -302,7 +315,7 @@ class Optimizer(torch.optim.Optimizer):
         for kept in self.state.values():
             for name in self._rule.scalar_states:  # old checkpoints hold Python numbers
                 if isinstance(kept.get(name), (int, float)):
-                    kept[name] = torch.tensor(float(kept[name]), dtype=_scalar_dtype())
+                    kept[name] = self._number(name, float(kept[name]))
 
     # --- what the engine needs --------------------------------------------------------------------------------------
 
@@ -374,6 +387,11 @@ class Optimizer(torch.optim.Optimizer):
         for name in self._rule.scalar_states:
             kept[name] = kept[name].to(p.device)
 
+    def _number(self, name: str, value: float) -> torch.Tensor:
+        """A number that is kept of a parameter, as it is stored."""
+        is_wide = name in self._rule.wide_numbers or torch.get_default_dtype() == torch.float64
+        return torch.tensor(value, dtype=torch.float64 if is_wide else torch.float32)
+
     @torch.no_grad()
     def _make_state(self, p: torch.Tensor, group: Mapping[str, Any]) -> None:
         """Add to `self.state[p]` what is missing there."""
@@ -390,7 +408,7 @@ class Optimizer(torch.optim.Optimizer):
             if kept.get(name) is None:
                 # The state of a rule that keeps no step, of torch's say, has been stepped, nobody knows how often.
                 known = float(has_stepped) if name == "step" and not self.has_step else initial(value)
-                kept[name] = torch.tensor(known, dtype=_scalar_dtype())
+                kept[name] = self._number(name, known)
         for state in rule.states.values():
             if state.exists(group, p) and find(kept, state.name) is None:
                 cell, tensors = make(state.name, chosen(self, p, state)[0], p, state.shape(group, p))
@@ -402,10 +420,6 @@ class Optimizer(torch.optim.Optimizer):
                 kept.update(tensors)
         if parameter_storage(self, p).kahan and kept.get(COMPENSATION) is None:
             kept[COMPENSATION] = torch.zeros_like(p, memory_format=torch.preserve_format).detach()
-
-
-def _scalar_dtype() -> torch.dtype:
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def _own_arguments(cls: type) -> tuple[str, ...]:

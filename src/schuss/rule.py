@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,6 +27,8 @@ Shape = Callable[[Mapping[str, Any], torch.Tensor], tuple[int, ...]]
 """The shape of a state, of a parameter and its group."""
 
 _MATRIX = torch.empty(2, 2, device="meta")
+_DIMENSIONS: dict[Any, int] = {"row_mean": 2, "column_mean": 2, "rows": 1, "columns": 1}
+"""How many dimensions a tensor must have for a word to be about it."""
 _DOMAINS = {
     "p": Domain.ELEMENTS,
     "rows": Domain.ROWS,
@@ -47,8 +50,8 @@ class State:
         nonnegative: it is never negative, so that 8-bit codes need no sign.
         exact: 8 bits would break the rule, since small differences of the state decide what happens: True, or the name
             of the hyperparameter that makes it so.
-        wide: it is stored in float32 at least, also for parameters of fewer bits.
-        number: it is one number for the tensor; the formula returns the new one, made of sums.
+        wide: it is stored in float32 at least, also for parameters of fewer bits; a number in float64.
+        number: it is one number for the tensor; the formula returns the new one, made of sums. It always exists.
         like: what its shape is like: "p"; "rows" or "columns", one number for each row or column of the parameter's
             matrices, which are its last two dimensions; "left" or "right", a square matrix with the side of the
             parameter as one matrix, for functions of matrices; or a function of the group and the parameter that gives
@@ -63,6 +66,17 @@ class State:
     wide: bool = False
     number: bool = False
     like: Literal["p", "rows", "columns", "left", "right"] | Shape = "p"
+
+    def __post_init__(self) -> None:
+        if not self.number:
+            return
+        given = {"like": self.like != "p", "when": self.when is not None, "init": self.init == "p"}
+        for argument, is_given in given.items():
+            if is_given:
+                raise ValueError(
+                    f"State: {argument} of {self.name!r} has no meaning with number=True, which is one number for the "
+                    f"tensor, in every form of the rule; got {getattr(self, argument)!r}, leave it out"
+                )
 
     def exists(self, group: Mapping[str, Any], p: torch.Tensor) -> bool:
         """Whether a parameter of this group has the state."""
@@ -114,6 +128,8 @@ class Rule:
         decay: what `weight_decay` means.
         defaults: the group's keys with their default values.
         choices: hyperparameters that choose a form of the formula, which is given them as they are.
+        flags: those that choose one by being true or not, whatever they are in `defaults`; beside those that are bools
+            there.
     """
 
     def __init__(
@@ -127,6 +143,7 @@ class Rule:
         decay: str | None,
         defaults: Mapping[str, Any],
         choices: Collection[str] = (),
+        flags: Collection[str] = (),
     ) -> None:
         self.owner, self.formula, self.scalars = owner, formula, scalars
         self.states = {letter: state for letter, state in states.items() if not state.number}
@@ -135,9 +152,12 @@ class Rule:
         self.has_step, self.decay = has_step, decay
         step: dict[str, float | str] = {"step": 0.0} if has_step else {}
         self.scalar_states = step | dict(scalar_states) | {s.name: s.init for s in states.values() if s.number}
+        self.wide_numbers = frozenset(s.name for s in states.values() if s.number and s.wide)
+        """The names of numbers that are stored in float64, whatever torch's default is."""
         self.options: Settings | None = None
         self._traced: dict[tuple[Variant, Pieces], tuple[Formula, tuple[str, ...]]] = {}
         self._needs: dict[Variant, frozenset[str]] = {}
+        self._smallest: dict[Variant, tuple[int, str]] = {}
         arguments = parameters(formula)
         if arguments[:2] != ("p", "g"):
             raise TypeError(f"{owner}.rule must take p and g first, got ({', '.join(arguments)})")
@@ -150,7 +170,7 @@ class Rule:
         if missing := [letter for letter in states if letter not in arguments]:
             raise TypeError(f"{owner}.rule does not take its state {missing[0]!r}")
         self.choices = tuple(choices)
-        self.flags = tuple(a for a in arguments[2:] if isinstance(defaults.get(a), bool) or a in choices)
+        self.flags = tuple(a for a in arguments[2:] if isinstance(defaults.get(a), bool) or a in (*flags, *choices))
         """Hyperparameters that are Python values inside the formula."""
         self.keys = tuple(defaults)
         """The keys of a group that can change what a step does."""
@@ -172,7 +192,7 @@ class Rule:
     def with_options(self, options: "Settings") -> "Rule":
         """This rule with what an optimizer's options add to it: an average, and a `step` for what is keyed by it."""
         rule = copy(self)
-        rule.options, rule._traced, rule._needs = options, {}, {}
+        rule.options, rule._traced, rule._needs, rule._smallest = options, {}, {}, {}
         if options.ema_decay is not None:
             rule.states = {**self.states, EMA: State(EMA, init="p", wide=True, exact=True)}
         if options.needs_step and not self.has_step:
@@ -236,6 +256,22 @@ class Rule:
             matrices = any(isinstance(node.op, MatrixCall) for node in nodes)
             self._needs[variant] = frozenset(["vectors"] * vectors + ["matrices"] * matrices)
         return self._needs[variant]
+
+    def smallest(self, variant: Variant) -> tuple[int, str]:
+        """How many dimensions a parameter must have for a form of the rule, and what in the rule asks for them."""
+        if variant not in self._smallest:
+            asked = []
+            for node in used(self.trace(variant, Pieces())[0].outputs.values()):
+                if isinstance(node.op, MatrixCall):
+                    asked.append((1, f"{node.op.function.__name__}()"))
+                elif node.op in _DIMENSIONS:
+                    asked.append((_DIMENSIONS[node.op], f"{node.op}()"))
+            for state in self.present(variant):
+                if isinstance(state.like, str) and state.like != "p":
+                    least = 2 if state.like in ("rows", "columns") else 1
+                    asked.append((least, f"the state {state.name!r} with like={state.like!r}"))
+            self._smallest[variant] = max(asked, key=itemgetter(0), default=(0, ""))
+        return self._smallest[variant]
 
     def read_before(self, variant: Variant, pieces: Pieces) -> tuple[str, ...]:
         """The letters of the tensors that are read before the pass that updates, once for each time."""
@@ -334,6 +370,8 @@ class Rule:
 
 def _value(choice: Any) -> Any:
     """A choice as something that can be compared and hashed: a loaded checkpoint may hold a list."""
+    if isinstance(choice, np.generic):
+        return choice.item()
     return tuple(map(_value, choice)) if isinstance(choice, (list, tuple)) else choice
 
 

@@ -107,7 +107,7 @@ def has_sums(optimizer: Optimizer) -> bool:
         return any(map(has_sums, inner.values() if inner else [optimizer.inner]))
     rule = optimizer._rule
     variants = {rule.variant(group, p) for group in optimizer.param_groups for p in group["params"]}
-    return any(is_staged(rule.trace(variant, Pieces())[0]) for variant in variants)
+    return any(is_staged(rule.trace(variant, Pieces())[0], rule.domains()) for variant in variants)
 
 
 def alike(a: Run, b: Run) -> None:

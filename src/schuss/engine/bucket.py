@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -147,6 +147,7 @@ class Bucket(ABC):
         self._values = Values({})
         self._matrices: dict[str, torch.Tensor] = {}
         self._new_beside: dict[str, torch.Tensor] = {}
+        self._late: dict[str, Callable[..., Any]] = {}
         self._scalars: dict[str, Array] = {}
         self.hyper_changed = self.pieces_changed = True
         self._gain = 1.0
@@ -203,15 +204,18 @@ class Bucket(ABC):
                 for k in range(len(stages.levels)):
                     self.find(k)
                 self._take(tuple(stages.between))
-                self._take_outside(stages.outside)
+                self._take_outside({n: node for n, node in stages.outside.items() if n not in self._late})
             increment_version(self._updated)
             self._run(self._made.kernel)
             self._write_beside()
-        self._grads, self._matrices, self._new_beside, self._values = [], {}, {}, Values({})
+        self._grads, self._matrices, self._new_beside, self._late, self._values = [], {}, {}, {}, Values({})
 
     @torch.no_grad()
     def _write_beside(self) -> None:
         """Write the new values of states that are no elements."""
+        for letter, write in self._late.items():  # first: they are computed from states
+            states = zip(self._of_all(letter), self.active, strict=True)
+            write(out=[state if active else None for state, active in states])
         for letter, value in self._new_beside.items():
             name = self._rule.states[letter].name
             values = value if getattr(value, "ndim", 0) else [torch.as_tensor(value)] * len(self._kept)
@@ -253,17 +257,31 @@ class Bucket(ABC):
         self._store(kernel)
         given = {name: self._matrices.pop(name) for name in {t.argument: None for t in level.transforms}}
         for transform in level.transforms:
-            value = transform.node.op.batch(given[transform.argument], *map(self._values, transform.node.args[1:]))
+            call = transform.node.op
+            others = [self._given(call, node) for node in transform.node.args[1:]]
+            value_of = partial(call.batch, given[transform.argument], *others)
+            if transform.state is not None and self.on_host:
+                self._late[transform.state] = value_of
+                continue
+            value = value_of()
             if transform.result is None:
                 self._values.known[transform.node] = value
             else:
                 self._matrices[transform.result] = value.contiguous()
 
-    def _states_beside(self) -> dict[str, torch.Tensor]:
-        """The states that are no elements, of all tensors, by letter."""
-        states = {letter: state.name for letter, state in self._rule.states.items() if state.like != "p"}
-        there = {letter: name for letter, name in states.items() if self._rule.letters(self._variant)[letter]}
-        return {letter: torch.stack([kept[name] for kept in self._kept]) for letter, name in there.items()}
+    def _given(self, call: MatrixCall, node: Expr) -> Any:
+        """An argument of a function of matrices. On the host, states are not copied for one that takes lists."""
+        if self.on_host and call.listed and node.op == "name" and node.value in self._rule.states:
+            return self._of_all(node.value)
+        return self._values(node)
+
+    def _of_all(self, letter: str) -> list[torch.Tensor]:
+        """A state of each tensor."""
+        return [kept[self._rule.states[letter].name] for kept in self._kept]
+
+    def _stacked(self, letter: str) -> torch.Tensor:
+        """A state that is no elements, of all tensors."""
+        return torch.stack(self._of_all(letter))
 
     def _all_addresses(self) -> Array:
         """The table of addresses with columns for the matrices that are there."""
@@ -407,7 +425,7 @@ class Bucket(ABC):
         """Whether the rule needs several passes, whatever pieces join it later."""
         options = self._rule.options
         pieces = Pieces(cautious=options is not None and options.cautious)
-        return is_staged(self._rule.trace(self._variant, pieces)[0])
+        return is_staged(self._rule.trace(self._variant, pieces)[0], self._rule.domains())
 
     def _make(self, pieces: Pieces) -> Made:
         return make(self._rule, self._variant, pieces, self._layout, self._compile, self._compile_sums)
@@ -430,7 +448,7 @@ def make(
         compile_sums: makes the kernel of sums and a layout.
     """
     formula, scalars = scalars_of(rule, variant, pieces, layout)
-    if not is_staged(formula):
+    if not is_staged(formula, rule.domains()):
         return Made(pieces, scalars, compile_kernel(formula, scalars, layout, {}))
     stages, own = cut(formula, scalars, rule.domains()), compute_dtype(layout)
 
@@ -460,7 +478,7 @@ class CpuBucket(Bucket):
 
     def _start_stages(self) -> None:
         """Take up what is known before the first pass."""
-        self._found, self._values = 0, Values({**self._scalars, **self._states_beside()})
+        self._found, self._values = 0, Values(self._scalars, self._stacked)
         self._values.known |= {node: sizes_of(node, self.params) for node in self._stages.sizes}
 
     def _compile(

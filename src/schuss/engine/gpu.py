@@ -107,7 +107,7 @@ class GpuBucket(Bucket):
             missing = len(stages.scalars) - len(numbers)
             table = [numbers.T, numbers.new_zeros(numbers.shape[1], missing)]
             self._device_table = torch.cat(table, dim=1).to(dtype)
-        self._found, self._values = 0, Values(known | self._states_beside())
+        self._found, self._values = 0, Values(known, self._stacked)
         self._values.known |= zip(stages.sizes, there_sizes, strict=True)
 
     @torch.no_grad()

@@ -9,8 +9,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from schuss.engine.stages import Values
 from schuss.engine.trace import Expr, Formula, Graph, parameters
-from schuss.formula import clamp, lerp, maximum, mean, where
+from schuss.formula import MatrixCall, Operand, clamp, lerp, maximum, mean, sign, where
 
 SMALLEST_SHARE = 1e-3
 """Of elements that go, by which the steps of a cautious update are divided."""
@@ -80,23 +83,88 @@ def apply(
     undecayed = p
     if pieces.decay:
         p = others["decay"] * p
-    names = parameters(rule)[2:]
-    new = rule(p, g, *(states[n] if n in states else others[n] for n in names))
-    new_p, *new_states = new if isinstance(new, tuple) else (new,)
-    letters = [n for n in names if n in states]
-    if len(new_states) != len(letters):
-        raise TypeError(
-            f"{rule.__qualname__} must return the new {', '.join(['p', *letters])}, got {1 + len(new_states)} values"
-        )
+    given = {n: states[n] if n in states else others[n] for n in parameters(rule)[2:]}
+    letters = [n for n in given if n in states]
+    if pieces.cautious or pieces.cautious_decay:
+        (new_p, *new_states), u = _with_step(rule, p, g, given, letters)
+    else:
+        new_p, *new_states = _run(rule, p, g, given, letters)
     if pieces.cautious:
-        aligned = where((p - new_p) * gradient > 0, 1.0, 0.0)
-        new_p = p - (p - new_p) * (aligned / maximum(mean(aligned), SMALLEST_SHARE))
+        aligned = where(sign(u) * gradient > 0, 1.0, 0.0)  # u * gradient may underflow
+        u = u * (aligned / maximum(mean(aligned), SMALLEST_SHARE))
+        new_p = p - u
     if pieces.cautious_decay:
-        new_p = where((p - new_p) * undecayed >= 0, new_p, new_p + (undecayed - p))
+        new_p = where(sign(u) * undecayed >= 0, new_p, new_p + (undecayed - p))
     result = {"p": new_p} | {n: new for n, new in zip(letters, new_states, strict=True) if states[n] is not None}
     if pieces.ema:
         result[EMA] = lerp(states[EMA], new_p, others["ema_weight"])
     return result
+
+
+def _run(
+    rule: Callable[..., Any], p: Any, g: Any, given: Mapping[str, Any], letters: Collection[str]
+) -> tuple[Any, ...]:
+    """The new p and the new states of a rule alone."""
+    new = rule(p, g, *given.values())
+    new = new if isinstance(new, tuple) else (new,)
+    if len(new) != 1 + len(letters):
+        raise TypeError(f"{rule.__qualname__} must return the new {', '.join(['p', *letters])}, got {len(new)} values")
+    return new
+
+
+def _with_step(
+    rule: Callable[..., Any], p: Any, g: Any, given: Mapping[str, Any], letters: Collection[str]
+) -> tuple[tuple[Any, ...], Any]:
+    """What `_run` returns, and what the rule subtracts from p.
+
+    p minus the new p would be it, but for steps under half of p's last bit: these would have no sign.
+    """
+    if isinstance(p, Expr):
+        new = _run(rule, p, g, given, letters)
+        step = _subtracted(new[0], p)
+        return new, p - new[0] if step is None or isinstance(step, float) else step
+    values = {"p": p, "g": g} | {n: v for n, v in given.items() if isinstance(v, (torch.Tensor, Operand))}
+    graph = Graph()
+    symbols = {n: graph.name(n) for n in values}
+    traced, step = _with_step(
+        rule, symbols["p"], symbols["g"], {n: symbols.get(n, v) for n, v in given.items()}, letters
+    )
+    evaluate = _Eager(values)
+    return tuple(evaluate(new) if isinstance(new, Expr) else new for new in traced), evaluate(step)
+
+
+class _Eager(Values):
+    """The values of a rule's nodes on tensors, or on lists of them."""
+
+    def _compute(self, node: Expr) -> Any:
+        if isinstance(node.op, MatrixCall):
+            args = tuple(map(self, node.args))
+            return args[0].__formula__(node.op, args) if isinstance(args[0], Operand) else node.op(*args)
+        return super()._compute(node)
+
+
+def _subtracted(new_p: Any, p: Expr) -> Any:
+    """What an expression subtracts from p; None if it is no such expression."""
+    if new_p is p:
+        return 0.0
+    if not isinstance(new_p, Expr):
+        return None
+    if new_p.op == "where":
+        condition, *branches = new_p.args
+        yes, no = (_subtracted(branch, p) for branch in branches)
+        return None if yes is None or no is None else where(condition, yes, no)
+    if new_p.op not in ("sub", "add", "mul"):
+        return None
+    for one, other in (new_p.args,) if new_p.op == "sub" else (new_p.args, new_p.args[::-1]):
+        if (before := _subtracted(one, p)) is None:
+            continue
+        if new_p.op == "mul":
+            shrunk = p - other * p
+            return shrunk if isinstance(before, float) else shrunk + other * before
+        if isinstance(before, float):
+            return other if new_p.op == "sub" else -other
+        return before + other if new_p.op == "sub" else before - other
+    return None
 
 
 def trace(

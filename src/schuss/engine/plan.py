@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 
 LARGEST_BATCH = 2**26
-"""Elements of matrices of one shape that a function of matrices is given at once."""
+"""Elements of tensors of one shape whose rows, columns or matrices are computed with at once."""
+LARGEST_BATCH_ON_HOST = 2**22
+"""Of matrices on the CPU, which gains nothing by larger batches: they are copied for functions of matrices."""
 
 
 @dataclass(eq=False)
@@ -141,9 +143,11 @@ class Plan:
                 scalars = tuple((kept[name].dtype, kept[name].device) for name in rule.scalar_states)
                 layout = self._layout(optimizer, e)
                 key = (e.route.backend, e.p.device, capturable, e.variant, e.p.is_complex(), *layout.items(), scalars)
-                if rule.needs(e.variant):  # of one shape, and not too many at once
+                if needs := rule.needs(e.variant):  # of one shape, and not too many at once
+                    on_host = "matrices" in needs and e.p.device.type == "cpu"
+                    most = min(LARGEST_BATCH, LARGEST_BATCH_ON_HOST) if on_host else LARGEST_BATCH
                     alike = sizes[key, e.p.shape] = sizes.get((key, e.p.shape), 0) + e.p.numel()
-                    key = (*key, e.p.shape, (alike - 1) // LARGEST_BATCH)
+                    key = (*key, e.p.shape, (alike - 1) // most)
                 members.setdefault(key, []).append(e)
         self._first = {id(e.p) for e in self._eager} & fresh
         self._state = optimizer.state

@@ -8,6 +8,7 @@ import torch
 
 from schuss.engine import numba
 from schuss.engine.numba_kernel import NUMBERS
+from schuss.engine.pieces import EMA
 from schuss.engine.state import COMPENSATION, blocks, chosen, find, kept_by
 from schuss.engine.storage import MAPS, Storage, real
 from schuss.engine.watch import significant_strides
@@ -36,7 +37,7 @@ def check_gradient(optimizer: "Optimizer", name: str, p: torch.Tensor, g: torch.
             f"got {tuple(g.shape)} on {g.device}"
         )
     if g.layout != torch.strided:
-        if optimizer.sparse_form(group) is None:
+        if (form := optimizer.sparse_form(group)) is None:
             raise RuntimeError(
                 f"{owner} does not support sparse gradients, and {name} has one; "
                 "use SGD, Adagrad or SparseAdam for it, or sparse=False in its layer"
@@ -44,6 +45,13 @@ def check_gradient(optimizer: "Optimizer", name: str, p: torch.Tensor, g: torch.
         if group.get("weight_decay") and not optimizer._rule.is_decoupled(group):
             raise RuntimeError(
                 f"{owner}: weight_decay option is not compatible with sparse gradients, and {name} has one"
+            )
+        if EMA in optimizer._rule.states and (form == "rows" or (form == "either" and optimizer._options.cautious)):
+            counted = ", and counted by cautious" if form == "either" else ""
+            raise RuntimeError(
+                f"{owner}: {name} has a sparse gradient, of which only the rows are updated{counted}; ema_decay would "
+                "need all rows at each step. Leave it out and use torch.optim.swa_utils.AveragedModel, or sparse=False "
+                "in the layer"
             )
     if group.get("capturable") and (way := route(optimizer, name, p, group)).backend != "triton":
         if p.device.type == "cpu":
@@ -61,14 +69,18 @@ def route(optimizer: "Optimizer", name: str, p: torch.Tensor, group: dict[str, A
     """What updates a parameter, and why.
 
     Raises:
-        ValueError: the back end that the user named cannot.
+        ValueError: the back end that the user named cannot; or the rule is about rows, columns or matrices, and the
+            parameter has too few dimensions.
     """
+    _check_dimensions(optimizer, name, p, group)
     wish, g = optimizer._options.backend, p.grad
     if group.get("differentiable"):
         return Route("reference", "differentiable=True")
     if g is not None and g.layout != torch.strided:
-        rows = optimizer.sparse_form(group) == "rows"
-        return Route("reference", "sparse gradient, " + ("only its rows" if rows else "made dense"))
+        if optimizer.sparse_form(group) == "dense":
+            return Route("reference", "sparse gradient, made dense")
+        averaged = EMA in optimizer._rule.states
+        return Route("reference", "sparse gradient, " + ("made dense for the average" if averaged else "only its rows"))
     if wish in ("reference", "foreach"):
         return Route(wish, f"backend={wish!r}")
     if wish == "auto" and group.get("foreach"):
@@ -80,6 +92,22 @@ def route(optimizer: "Optimizer", name: str, p: torch.Tensor, group: dict[str, A
             f"{type(optimizer).__name__}: backend={wish!r} cannot update {name}: {obstacle[1]}; use backend='auto'"
         )
     return Route(*obstacle) if obstacle else Route(compiler)
+
+
+def _check_dimensions(optimizer: "Optimizer", name: str, p: torch.Tensor, group: dict[str, Any]) -> None:
+    """Raise on a parameter that has no rows or columns for a rule that computes with them."""
+    if p.dim() >= 2:
+        return
+    rule = optimizer._rule
+    least, word = rule.smallest(rule.variant(group, p))
+    if p.dim() < least:
+        allowed = "two dimensions" if least == 2 else "one dimension"
+        raise ValueError(
+            f"{type(optimizer).__name__}: {name} must have {allowed} or more for {word} in the rule, got the shape "
+            f"{tuple(p.shape)}; give it to another optimizer, or let the rule do without {word} where a "
+            f'State(when=function) does not exist. With dimensions = "[{least}, inf)" in the class such parameters are '
+            "refused when it is made"
+        )
 
 
 def _obstacle(

@@ -101,7 +101,7 @@ class RowsBucket(CpuBucket):
 
     def _start_stages(self) -> None:
         known = {name: self._as_numbers(values) for name, values in self._scalars.items()}
-        self._found, self._values = 0, Values({**known, **self._states_beside()})
+        self._found, self._values = 0, Values(known, self._stacked)
         self._values.known |= {n: self._as_numbers(sizes_of(n, self.params)) for n in self._stages.sizes}
         self._beside = np.zeros((len(self.params), len(self._stages.vectors)), np.int64)
         self._vectors: dict[str, torch.Tensor] = {}

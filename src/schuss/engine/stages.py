@@ -84,11 +84,13 @@ class Transform:
         node: the call.
         argument: the output of the level's stores that it is given.
         result: the input of later passes that its value is; None for a square matrix, which no kernel reads.
+        state: the state that may be overwritten with its value after all else, by letter: nothing else needs either.
     """
 
     node: Expr
     argument: str
     result: str | None
+    state: str | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -161,10 +163,11 @@ class Values:
 
     Args:
         names: input -> value.
+        missing: computes the value of any other input, once it is wanted.
     """
 
-    def __init__(self, names: Mapping[str, Any]) -> None:
-        self._names = names
+    def __init__(self, names: Mapping[str, Any], missing: Callable[[str], Any] | None = None) -> None:
+        self._names, self._missing = names, missing
         self.known: dict[Expr, Any] = {}
 
     def __call__(self, node: Expr) -> Any:
@@ -174,6 +177,8 @@ class Values:
 
     def _compute(self, node: Expr) -> Any:
         if node.op == "name":
+            if self._missing is not None and node.value not in self._names:
+                return self._missing(node.value)
             return self._names[node.value]
         if node.op == "const":
             return node.value
@@ -224,10 +229,15 @@ class _Cut:
         return f"{letter}{number}"
 
 
-def is_staged(formula: Formula) -> bool:
-    """Whether a formula needs more than one pass, or numbers of the tensor's shape, or has new ones that it keeps."""
+def is_staged(formula: Formula, domains: Mapping[str, Domain] | None = None) -> bool:
+    """Whether a formula is more than one pass over elements.
+
+    It needs several passes, or numbers of the tensor's shape, or has new ones that it keeps, or inputs that have no
+    value for each element: `domains` has what they have one for, all that are not there have one for each.
+    """
     found = (*SUMS, *MEANS, *SIZES, "everywhere")
-    return not {*formula.outputs} <= {*formula.inputs} or any(
+    beside = {name for name, domain in (domains or {}).items() if domain != Domain.ELEMENTS}
+    return bool({*formula.outputs} - {*formula.inputs} or beside & {*formula.inputs}) or any(
         node.op in found or isinstance(node.op, MatrixCall) for node in used(formula.outputs.values())
     )
 
@@ -280,6 +290,7 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
         if isinstance(node.op, MatrixCall) and not node.op.square:
             replace.results[node] = replace.new("u")
 
+    overwritten = _overwritten(formula, inputs)
     passes = []
     for k in range(max(levels.values(), default=0)):
         found = [n for n in nodes if levels[n] == k + 1 and n.op in (*SUMS, *MEANS) and levels[n.args[0]] <= k]
@@ -297,7 +308,7 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
                 alike = [name for name, other in stores.items() if other is given]
                 name = alike[0] if alike else replace.new("b")
                 stores[name] = given
-                transforms.append(Transform(node, name, replace.results.get(node)))
+                transforms.append(Transform(node, name, replace.results.get(node), overwritten.get(node)))
         over_all = tuple(node for node in nodes if node.op == "everywhere" and levels[node] == k + 1)
         passes.append(
             Level(
@@ -329,6 +340,34 @@ def cut(formula: Formula, scalars: tuple[str, ...], domains_of: Mapping[str, Dom
             raise TypeError(f"the new {letter} has a value for {_EACH[domains[node]]}; the state has {_HAS[own]}")
     sizes = tuple(node for node in nodes if node.op in SIZES and domains[node.args[0]] == Domain.ELEMENTS)
     return Stages(tuple(passes), final, complete, between, vectors, outside, sizes)
+
+
+def _overwritten(formula: Formula, domains: Mapping[str, Domain]) -> dict[Expr, str]:
+    """Square values that are a state's new value and nothing else, where no other of them needs its old one.
+
+    Args:
+        formula: what is cut.
+        domains: what the inputs have a value for.
+
+    Returns:
+        Node -> the state.
+    """
+    uses = used(formula.outputs.values())
+    found = {
+        node: letter
+        for letter, node in formula
+        if isinstance(node.op, MatrixCall) and node.op.square and node.op.listed and uses[node] == 1
+    }
+
+    def is_needed(letter: str, but_for: Expr) -> bool:
+        others = (node for node in found if node is not but_for)
+        return any(arg.op == "name" and arg.value == letter for node in others for arg in node.args)
+
+    return {
+        node: letter
+        for node, letter in found.items()
+        if domains.get(letter) == Domain.MATRIX and not is_needed(letter, node)
+    }
 
 
 def _row_mean(of: Domain) -> Domain:

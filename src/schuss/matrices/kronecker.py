@@ -5,17 +5,18 @@ same bits whatever stands beside it. Long sides are cut into blocks of one lengt
 matrix then has a grid of blocks, row by row, and each of them has square matrices of its own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from schuss.matrices.newton_schulz import _symmetric
+from schuss.matrices.newton_schulz import _STRIP, _symmetric
 
 __all__ = [
     "cut", "eigenbasis", "grid", "inverse_root", "left_moment", "next_basis", "right_moment", "rotate", "rotate_back",
-    "surround",
+    "surround", "turn",
 ]  # fmt: skip
 
 
@@ -48,29 +49,59 @@ def _joined(parts: Tensor, like: Tensor, block: int | None) -> Tensor:
 
 # --- words ------------------------------------------------------------------------------------------------------------
 
+Squares = Tensor | Sequence[Tensor]
+"""Square matrices of each matrix of a batch: [batch, side, side] or [batch, blocks, side, side], or a list over it."""
 
-def left_moment(x: Tensor, moment: Tensor, keep: Any, weight: Any, *, block: int | None = None) -> Tensor:
+
+def left_moment(
+    x: Tensor,
+    moment: Squares,
+    keep: Any,
+    weight: Any,
+    *,
+    block: int | None = None,
+    out: Sequence[Tensor | None] | None = None,
+) -> Tensor | None:
     """keep L + weight x xᵀ, the moment of the rows.
 
     Args:
         x: [batch, rows, columns]. In bfloat16 the product is rounded to it before it is added.
-        moment: L, [batch, rows, rows], or [batch, blocks, rows of one, rows of one].
+        moment: L.
         keep, weight: a number for each matrix. Where weight is 0 and keep is 1 nothing is computed.
         block: the greatest side of a block.
+        out: where each value goes, perhaps to L itself; None: nowhere.
+
+    Returns:
+        A batch; None if the values were written to out.
     """
-    return _moment(grid(x, block), moment, keep, weight)
+    return _moment(grid(x, block), moment, keep, weight, out)
 
 
-def right_moment(x: Tensor, moment: Tensor, keep: Any, weight: Any, *, block: int | None = None) -> Tensor:
+def right_moment(
+    x: Tensor,
+    moment: Squares,
+    keep: Any,
+    weight: Any,
+    *,
+    block: int | None = None,
+    out: Sequence[Tensor | None] | None = None,
+) -> Tensor | None:
     """keep R + weight xᵀ x, the moment of the columns; as `left_moment`."""
-    return _moment(grid(x, block).mT, moment, keep, weight)
+    return _moment(grid(x, block).mT, moment, keep, weight, out)
 
 
-def _moment(parts: Tensor, moment: Tensor, keep: Any, weight: Any) -> Tensor:
-    before = moment.view(*parts.shape[:2], *moment.shape[-2:])
-    after = torch.empty_like(before)
-    for k, (kept, added) in enumerate(zip(_floats(keep, parts), _floats(weight, parts), strict=True)):
-        x, a, result = parts[k], before[k], after[k]
+def _moment(
+    parts: Tensor, moment: Squares, keep: Any, weight: Any, out: Sequence[Tensor | None] | None
+) -> Tensor | None:
+    if out is None:
+        batch = moment[0].new_empty(len(moment), *moment[0].shape)
+        _moment(parts, moment, keep, weight, list(batch))
+        return batch
+    numbers = zip(_floats(keep, parts), _floats(weight, parts), strict=True)
+    for x, before, after, (kept, added) in zip(parts, moment, out, numbers, strict=True):
+        if after is None:
+            continue
+        a, result = (t.view(len(x), *t.shape[-2:]) for t in (before, after))
         if added == 0 and kept == 1:
             result.copy_(a)
         elif x.dtype == a.dtype:
@@ -79,7 +110,7 @@ def _moment(parts: Tensor, moment: Tensor, keep: Any, weight: Any) -> Tensor:
             product = torch.empty(a.shape, dtype=x.dtype, device=x.device)
             _symmetric(x, x.mT, out=product)
             torch.mul(a, kept, out=result).add_(product.to(a.dtype), alpha=added)
-    return after.view(moment.shape)
+    return None
 
 
 def _floats(numbers: Any, like: Tensor) -> list[float]:
@@ -89,42 +120,62 @@ def _floats(numbers: Any, like: Tensor) -> list[float]:
     return [float(number) for number in np.broadcast_to(rounded, len(like))]
 
 
-def rotate(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def rotate(x: Tensor, left: Squares | None, right: Squares | None) -> Tensor:
     """Qₗᵀ x Qᵣ: matrices [batch, rows, columns] in the bases of their sides; None: that side stays."""
-    return surround(x, None if left is None else left.mT, right)
+    return surround(x, _transposed(left), right)
 
 
-def rotate_back(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+def rotate_back(x: Tensor, left: Squares | None, right: Squares | None) -> Tensor:
     """Qₗ x Qᵣᵀ, the inverse of `rotate`."""
-    return surround(x, left, None if right is None else right.mT)
+    return surround(x, left, _transposed(right))
 
 
-def surround(x: Tensor, left: Tensor | None, right: Tensor | None, *, block: int | None = None) -> Tensor:
+def _transposed(squares: Squares | None) -> Squares | None:
+    return squares.mT if isinstance(squares, Tensor) else squares and [square.mT for square in squares]
+
+
+def surround(x: Tensor, left: Squares | None, right: Squares | None, *, block: int | None = None) -> Tensor:
     """A x B, in x's dtype; of each block its own.
 
     Args:
         x: [batch, rows, columns].
-        left, right: A and B: [batch, rows, rows], or [batch, blocks, rows of one, rows of one], and so for columns.
-            None: that side stays.
+        left, right: A and B. None: that side stays.
         block: the greatest side of a block.
     """
     parts = grid(x, block)
-    a, b = (None if f is None else f.to(x.dtype).reshape(*parts.shape[:2], *f.shape[-2:]) for f in (left, right))
     if x.device.type != "cpu":
-        return _joined(_surround(parts, a, b), x, block)
+        a, b = (None if f is None else _batch(f, parts) for f in (left, right))
+        y = parts if a is None else a @ parts
+        return _joined(y if b is None else y @ b, x, block)
     result = torch.empty_like(parts)
-    for k, part in enumerate(parts):
-        result[k] = _surround(part, None if a is None else a[k], None if b is None else b[k])
+    for k, (part, to) in enumerate(zip(parts, result, strict=True)):
+        a, b = (None if f is None else f[k].to(x.dtype).reshape(-1, *f[k].shape[-2:]) for f in (left, right))
+        _surround(part, a, b, to)
     return _joined(result, x, block)
 
 
-def _surround(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    x = x if left is None else _product(left, x)
-    return x if right is None else _product(x, right)
+def _batch(squares: Squares, like: Tensor) -> Tensor:
+    """[batch, blocks, side, side], in another's dtype."""
+    batch = squares if isinstance(squares, Tensor) else torch.stack(list(squares))
+    return batch.to(like.dtype).reshape(*like.shape[:2], *batch.shape[-2:])
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a[0], b[0])[None] if len(a) == 1 and a.ndim == 3 else torch.matmul(a, b)
+def _surround(x: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor) -> None:
+    """A x B of blocks [block, rows, columns]."""
+    if left is not None and right is not None:
+        _product(_product(left, x), right, out)
+    elif left is not None:
+        _product(left, x, out)
+    elif right is not None:
+        _product(x, right, out)
+    else:
+        out.copy_(x)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if len(a) == 1:  # mm takes factors as they lie
+        return torch.mm(a[0], b[0], out=None if out is None else out[0])[None]
+    return torch.bmm(a, b, out=out)
 
 
 # --- what is computed now and then ------------------------------------------------------------------------------------
@@ -152,12 +203,37 @@ def next_basis(a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
         order of their estimated eigenvalues first. None if the matrix is not finite.
     """
     product = a @ basis
-    eigenvalues = (basis * product).sum(dim=0)
+    strips = zip(basis.split(_STRIP), product.split(_STRIP), strict=True)  # products that stay in the cache
+    eigenvalues = torch.stack([(b * p).sum(dim=0) for b, p in strips]).sum(dim=0)
     if not eigenvalues.isfinite().all():
         return None
     order = eigenvalues.argsort(descending=True, stable=True)
     new = torch.linalg.qr(product[:, order]).Q
-    return (new, order) if bool(new.isfinite().all()) else None
+    return (new, order) if bool(new.sum().isfinite()) else None  # no element exceeds 1
+
+
+def turn(
+    x: Tensor,
+    left: tuple[Tensor, Tensor] | None,
+    right: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A matrix in new bases, by the fewest operations: of a long side back and forth, of a short one by a single turn.
+
+    Args:
+        x: [rows, columns], in the old bases.
+        left, right: of a side the old basis and the new one; None: it stays.
+        dtype: of the products; None: x's.
+    """
+    factors = [x]
+    if left is not None:
+        factors = [left[1].mT, left[0], *factors]
+    if right is not None:
+        factors = [*factors, right[0].mT, right[1]]
+    if len(factors) == 1:
+        return x
+    product: Tensor = torch.linalg.multi_dot([factor.to(dtype or x.dtype) for factor in factors])
+    return product.to(x.dtype)
 
 
 def inverse_root(a: Tensor, exponent: float, eps: float) -> Tensor | None:

@@ -4,7 +4,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -29,12 +31,16 @@ class _Words:
     """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
-        self.rotate = matrix_function(kronecker.rotate, dtype)
-        self.rotate_back = matrix_function(kronecker.rotate_back, dtype)
-        self.surround = matrix_function(kronecker.surround, dtype)
-        self.left_moment = matrix_function(kronecker.left_moment, dtype, square=True)
-        self.right_moment = matrix_function(kronecker.right_moment, dtype, square=True)
+        self.dtype = dtype
+        self.rotate = matrix_function(kronecker.rotate, dtype, listed=True)
+        self.rotate_back = matrix_function(kronecker.rotate_back, dtype, listed=True)
+        self.surround = matrix_function(kronecker.surround, dtype, listed=True)
+        self.left_moment = matrix_function(kronecker.left_moment, dtype, square=True, listed=True)
+        self.right_moment = matrix_function(kronecker.right_moment, dtype, square=True, listed=True)
 
+
+AT_ONCE = 2**20
+"""Elements of new matrices that there is memory for at once, if the threads do not need more."""
 
 WORDS: Mapping[Precision, _Words] = {None: _Words(None), "bfloat16": _Words(torch.bfloat16)}
 
@@ -102,13 +108,15 @@ class Preconditioned(Optimizer):
             for p in group["params"]
             if id(p) in updated and self._is_due(group, step := int(number(self.state[p]["step"])))
         ]
-        for at_once in batched(due, torch.get_num_threads()):  # for no more of them memory is needed
-            for (p, *_), renewal in zip(at_once, one_each(self._renewed, at_once), strict=True):
-                with uninterrupted():  # what is renewed belongs together
-                    for cell, value in renewal.values:
-                        cell.write(value)
-                for why in renewal.complaints:
-                    self._complain(p, why)
+        due.sort(key=lambda one: sum(side**3 for side in _sides(one[0])))  # what is renewed at once ends at once
+        with one_each([p for p, *_ in due]) as renew:
+            for at_once in _batches(due, torch.get_num_threads()):
+                for (p, *_), renewal in zip(at_once, renew(self._renewed, at_once), strict=True):
+                    with uninterrupted():  # what is renewed belongs together
+                        for cell, value in renewal.values:
+                            cell.write(value)
+                    for why in renewal.complaints:
+                        self._complain(p, why)
 
     @staticmethod
     def _is_due(group: Mapping[str, Any], step: int) -> bool:
@@ -138,29 +146,44 @@ def blemish(matrix: torch.Tensor) -> str:
     return "has no eigenvectors that can be found" if matrix.isfinite().all() else "has NaN or infinity in it"
 
 
-def one_each(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """A function's value for each tuple of arguments, the first of which is a tensor: each in a thread of its own.
+@contextmanager
+def one_each(params: Iterable[torch.Tensor]) -> Iterator[Callable[..., list[Any]]]:
+    """A `starmap` that gives each call a thread of its own, if the parameters it is about are on the CPU.
 
     One thread for a matrix makes the same bits whatever `torch.get_num_threads()` is, which LAPACK's threads do not;
     and they would be slower.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or any(args[0].device.type != "cpu" for args in arguments):
-        return [function(*args) for args in arguments]
+    if threads == 1 or any(p.device.type != "cpu" for p in params):
+        yield lambda function, arguments: [function(*args) for args in arguments]
+        return
 
-    def alone(args: tuple[Any, ...]) -> Any:
+    def alone(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         torch.set_num_threads(1)  # torch keeps it for each thread, MKL for all of them
         with torch.no_grad():
             return function(*args)
 
     try:
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(alone, arguments))
+            yield lambda function, arguments: list(pool.map(alone, repeat(function), arguments))
     finally:
         torch.set_num_threads(threads)
 
 
-def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """Stretches of so many."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+def _sides(p: torch.Tensor) -> tuple[int, int]:
+    """The rows and columns of a parameter as a matrix."""
+    return (p.shape[0], p.numel() // p.shape[0]) if p.numel() and p.dim() else (1, 1)
+
+
+def _batches(items: Sequence[tuple[Any, ...]], size: int) -> Iterator[list[tuple[Any, ...]]]:
+    """Parameters and what belongs to them: so many, or so many times as many if their matrices are small."""
+    batch: list[tuple[Any, ...]] = []
+    elements = 0
+    for item in items:
+        batch.append(item)
+        elements += sum(side**2 for side in _sides(item[0]))
+        if len(batch) % size == 0 and elements >= AT_ONCE:
+            yield batch
+            batch, elements = [], 0
+    if batch:
+        yield batch

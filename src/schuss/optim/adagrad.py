@@ -5,6 +5,7 @@ from typing import Any, Literal, Unpack
 
 from torch.optim.optimizer import ParamsT
 
+from schuss import bounds
 from schuss.formula import sqrt
 from schuss.optimizer import Number, Optimizer, Options
 from schuss.rule import State
@@ -75,8 +76,8 @@ class Adagrad(Optimizer):
             kept["sum"].share_memory_()
 
     @classmethod
-    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense"]:
-        return "rows"
+    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "either"]:
+        return "either" if bounds.number(group["eps"]) > 0 else "rows"  # 0 / 0 would not stay
 
     @staticmethod
     def scalars(step, lr, lr_decay):

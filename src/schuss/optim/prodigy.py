@@ -1,11 +1,10 @@
 """Prodigy."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import inf
-from typing import Any, Unpack, overload
+from typing import Any, Unpack
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from schuss import bounds
@@ -131,21 +130,9 @@ class Prodigy(Optimizer):
 
     add_param_group.__doc__ = Optimizer.add_param_group.__doc__
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @_disable_dynamo
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """As `Optimizer.step`.
-
-        Raises:
-            ValueError: groups have got rates that differ, and are not 0. Nothing has been changed then.
-        """
+    def _check_ready(self) -> None:
+        super()._check_ready()
         self._check_alike()
-        return super().step() if closure is None else super().step(closure)
 
     def _check_alike(self) -> None:
         """Raise if groups have not the hyperparameters in common that their one d needs."""

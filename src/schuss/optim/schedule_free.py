@@ -1,12 +1,11 @@
 """Schedule-Free SGD, AdamW and RAdam, and what an optimizer needs whose parameters are elsewhere to be evaluated."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Unpack, overload
+from typing import Any, Unpack
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from schuss import bounds
@@ -95,25 +94,13 @@ class TwoPlaces(Optimizer):
             if before:
                 self.train()
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @_disable_dynamo
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """As `Optimizer.step`, in train mode.
-
-        Raises:
-            RuntimeError: in eval mode, or as there.
-        """
+    def _check_ready(self) -> None:
+        super()._check_ready()
         if not self.training:
             raise RuntimeError(
                 f"{type(self).__name__}: a step in eval mode, where parameters are not at the point that is trained; "
                 "call optimizer.train() before the forward pass"
             )
-        return super().step() if closure is None else super().step(closure)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

@@ -77,8 +77,8 @@ class SGD(Optimizer):
             )
 
     @classmethod
-    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["rows", "dense"]:
-        return "dense" if group["momentum"] else "rows"  # a buffer moves the rows without a gradient, too
+    def sparse_form(cls, group: Mapping[str, Any]) -> Literal["dense", "either"]:
+        return "dense" if group["momentum"] else "either"  # a buffer moves the rows without a gradient, too
 
     @staticmethod
     def scalars(first, dampening):

@@ -151,14 +151,14 @@ class SOAP(Preconditioned):
 
     def _renewed(self, p: torch.Tensor, group: Mapping[str, Any], step: int) -> Renewal:
         kept, renewal = self.state[p], Renewal()
-        turns: dict[str, torch.Tensor] = {}
+        turns: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         orders: dict[str, torch.Tensor] = {}
         for side in ("left", "right"):
             moment, cell = kept.get(f"{side}_moment"), find(kept, f"{side}_basis")
             if moment is None or cell is None:
                 continue
             basis = cell.values
-            if not basis.any():  # the first one
+            if not basis[0].any():  # the first one: no row of a basis is 0
                 new = kronecker.eigenbasis(moment)
                 if new is None:
                     renewal.complaints.append(f"{blemish(moment)}; its basis is the identity until the next one")
@@ -168,7 +168,7 @@ class SOAP(Preconditioned):
                 continue
             else:
                 new, orders[side] = found
-                turns[side] = new.mT @ basis
+                turns[side] = basis, new
             renewal.values.append((cell, new))
         if turns:
             renewal.values += self._turned(p, group, turns, orders)
@@ -178,22 +178,22 @@ class SOAP(Preconditioned):
         self,
         p: torch.Tensor,
         group: Mapping[str, Any],
-        turns: Mapping[str, torch.Tensor],
+        turns: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
         orders: Mapping[str, torch.Tensor],
     ) -> list[tuple[Cell, torch.Tensor]]:
         """The cells of m and v with their values in new bases.
 
         Args:
             p, group: the parameter and its group.
-            turns: side -> the turn from its old basis to its new one.
+            turns: side -> its old basis and its new one.
             orders: side -> the places of its old directions in the new basis.
         """
         m, v = (find(self.state[p], name) for name in ("exp_avg", "exp_avg_sq"))
         assert m is not None
         assert v is not None
-        dtype = next(iter(turns.values())).dtype
+        dtype = next(iter(turns.values()))[0].dtype
         of_m, of_v = (cell.read(dtype).reshape(p.shape[0], -1) for cell in (m, v))
-        of_m = WORDS[group["precision"]].rotate_back(of_m, turns.get("left"), turns.get("right"))
+        of_m = kronecker.turn(of_m, turns.get("left"), turns.get("right"), WORDS[group["precision"]].dtype)
         for dim, side in enumerate(("left", "right")):
             if side in orders:
                 of_v = of_v.index_select(dim, orders[side])

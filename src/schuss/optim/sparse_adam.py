@@ -1,10 +1,9 @@
 """SparseAdam."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Unpack, overload
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT, StateDict
 
 from schuss import bounds
@@ -89,37 +88,13 @@ class SparseAdam(Optimizer):
                     f"{type(self).__name__}: its parameters must be dense, and {name} is sparse; only gradients may be"
                 )
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @_disable_dynamo
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the rows that have a gradient.
-
-        Args:
-            closure: reevaluates the model and returns the loss; called once, with gradients enabled.
-
-        Returns:
-            The closure's loss, or None.
-
-        Raises:
-            RuntimeError: a dense gradient, or one that does not fit its parameter. Nothing has been changed then.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _check_gradients(self) -> None:
         for name, p in (pair for i, group in enumerate(self.param_groups) for pair in names_of(group, i)):
             if p.grad is not None and p.grad.layout == torch.strided and not self._makes_state_only(p.grad):
                 raise RuntimeError(
                     f"{type(self).__name__} does not support dense gradients, please consider Adam instead: {name} has "
                     "one; or make its layer with sparse=True"
                 )
-        super().step()
-        return loss
 
     def _makes_state_only(self, g: torch.Tensor) -> bool:
         """Whether the dense gradient is one with which distributed checkpoints make state: zero, with lr 0."""

@@ -37,7 +37,8 @@ class Schedule(LRScheduler):
             pair of them; None leaves a place as it is.
 
     Raises:
-        TypeError: a hyperparameter that the optimizer does not have, or something that is no schedule.
+        TypeError: a hyperparameter that the optimizer, or a chosen group, does not have, or something that is no
+            schedule. For a group that is added later the error comes with the next step.
         ValueError: an index without a group, or a pair where there is none.
     """
 
@@ -49,7 +50,11 @@ class Schedule(LRScheduler):
         if not hyperparameters:
             raise TypeError("Schedule: no hyperparameter is given, as in Schedule(optimizer, lr=cosine(1000))")
         for name, schedule in hyperparameters.items():
-            _check(optimizer, name, schedule)
+            _check_parts(name, schedule)
+            if not any(name in _numeric(optimizer, group) for group in optimizer.param_groups):
+                known = {key: None for group in optimizer.param_groups for key in _numeric(optimizer, group)}
+                owner = type(optimizer).__name__
+                raise TypeError(f"Schedule: {owner} has no hyperparameter {name!r}; {nearest(name, known)}")
         self.optimizer = optimizer
         self.schedules: dict[str, Any] = {
             name: tuple(s) if isinstance(s, (tuple, list)) else s for name, s in hyperparameters.items()
@@ -156,17 +161,20 @@ class Schedule(LRScheduler):
 
     def _adopt(self, groups: list[dict[str, Any]]) -> None:
         """Remember the initial values of new groups, and put them back where they are lost."""
+        chosen, known = self.groups, min(len(self._initial), len(groups))
+        new = [
+            i
+            for i, group in enumerate(groups)
+            if i >= known and (chosen(_at_first(group)) if callable(chosen) else chosen is None or i in chosen)
+        ]
+        for name, schedule in self.schedules.items():
+            for i in new:
+                _check_group(self.optimizer, i, name, schedule)
         for name in self.schedules:
             unshare(groups, name)
-        del self._initial[len(groups) :]
-        chosen = self.groups
-        self._chosen = [i for i in self._chosen if i < len(groups)]
+        self._chosen = [i for i in self._chosen if i < known] + new
+        self._initial = self._initial[:known] + [{} for _ in groups[known:]]
         for i, group in enumerate(groups):
-            is_new = i == len(self._initial)
-            if is_new:
-                self._initial.append({})
-                if chosen(_at_first(group)) if callable(chosen) else chosen is None or i in chosen:
-                    self._chosen.append(i)
             for name in self.schedules if i in self._chosen else ():
                 key = f"initial_{name}"
                 if key not in group:
@@ -211,6 +219,8 @@ def unshare(groups: list[dict[str, Any]], name: str) -> None:
     """Give each group a tensor of its own: a default that is a tensor is one tensor for all of them."""
     seen: set[int] = set()
     for group in groups:
+        if name not in group:  # of another optimizer than the group that has it
+            continue
         value = group[name]
         if any(isinstance(v, Tensor) and id(v) in seen for v in (value if isinstance(value, tuple) else (value,))):
             value = group[name] = _copy(value)
@@ -253,25 +263,39 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, Real) and not isinstance(value, bool))
 
 
-def _check(optimizer: Optimizer, name: str, schedule: Any) -> None:
-    """Raise unless the optimizer has the hyperparameter and `schedule` fits it."""
-    group, owner = optimizer.param_groups[0], type(optimizer).__name__
-    numeric = {
+def _numeric(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group that are numbers, or tuples of them."""
+    return {
         key: value
         for key, value in group.items()
         if key in optimizer.defaults
         and (_is_number(value) or (isinstance(value, (tuple, list)) and all(map(_is_number, value))))
     }
+
+
+def _check_group(optimizer: Optimizer, index: int, name: str, schedule: Any) -> None:
+    """Raise unless a group has the hyperparameter, and `schedule` fits it."""
+    groups, owner = optimizer.param_groups, type(optimizer).__name__
+    numeric = _numeric(optimizer, groups[index])
     if name not in numeric:
-        raise TypeError(f"Schedule: {owner} has no hyperparameter {name!r}; {nearest(name, numeric)}")
+        having = [i for i, group in enumerate(groups) if name in _numeric(optimizer, group)]
+        raise TypeError(
+            f"Schedule: group {index} of {owner} has no hyperparameter {name!r}; choose those that have: "
+            f"groups={having}"
+        )
     places = len(numeric[name]) if isinstance(numeric[name], (tuple, list)) else None
-    given = schedule if isinstance(schedule, (tuple, list)) else None
-    if places != (None if given is None else len(given)):
+    if places != (len(schedule) if isinstance(schedule, (tuple, list)) else None):
         takes = "one schedule" if places is None else f"{places} schedules, some may be None"
-        raise ValueError(f"Schedule: {name} of {owner} takes {takes}, got {_text(schedule)}")
-    for part in (schedule,) if given is None else given:
+        of = owner if len(groups) == 1 else f"group {index} of {owner}"
+        raise ValueError(f"Schedule: {name} of {of} takes {takes}, got {_text(schedule)}")
+
+
+def _check_parts(name: str, schedule: Any) -> None:
+    """Raise unless it is a schedule, or a pair of them."""
+    is_pair = isinstance(schedule, (tuple, list))
+    for part in schedule if is_pair else (schedule,):
         is_class = isinstance(part, type) and issubclass(part, Function)
-        if is_class or not (callable(part) or (part is None and given is not None)):
+        if is_class or not (callable(part) or (part is None and is_pair)):
             raise TypeError(f"Schedule: {name} must be a schedule such as cosine(1000), got {_text(part)}")
 
 

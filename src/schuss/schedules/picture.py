@@ -21,7 +21,7 @@ def sample(schedule: Function, steps: int) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def text(values: Sequence[float] | NDArray[np.float64], *, width: int = 72, height: int = 12, dots: bool = True) -> str:
-    """Values drawn as a line, with the top and the bottom of the axis.
+    """Values drawn as a line, with the top and the bottom of the axis: 0, if that is not further off than they spread.
 
     Args:
         values: at even distances, finite, at least one.
@@ -30,9 +30,7 @@ def text(values: Sequence[float] | NDArray[np.float64], *, width: int = 72, heig
     """
     rows, columns = (4, 2) if dots else (1, 1)
     values = np.asarray(values, dtype=np.float64)
-    low, high = min(0.0, values.min()), max(0.0, values.max())
-    if low == high:
-        high = 1.0
+    low, high = _range(float(values.min()), float(values.max()))
     heights = np.rint((values - low) / (high - low) * (rows * height - 1)).astype(int)
     edges = np.linspace(0, len(values), columns * width + 1)
     grid = np.zeros((rows * height, columns * width), dtype=bool)
@@ -45,9 +43,20 @@ def text(values: Sequence[float] | NDArray[np.float64], *, width: int = 72, heig
         lines = ["".join(map(chr, row)) for row in codes.tolist()]
     else:
         lines = ["".join("*" if cell.any() else " " for cell in row).rstrip() for row in cells]
-    labels = [f"{high:.3g}", *[""] * (height - 2), f"{low:.3g}"][:height]
+    digits = next((n for n in range(3, 17) if f"{high:.{n}g}" != f"{low:.{n}g}"), 17)
+    labels = [f"{high:.{digits}g}", *[""] * (height - 2), f"{low:.{digits}g}"][:height]
     margin = max(map(len, labels))
     return "\n".join(f"{label:>{margin}} | {line}" for label, line in zip(labels, lines, strict=True))
+
+
+def _range(low: float, high: float) -> tuple[float, float]:
+    """The ends of an axis."""
+    spread = high - low
+    if low > 0 and (low <= spread or spread == 0):
+        low = 0.0
+    elif high < 0 and (-high <= spread or spread == 0):
+        high = 0.0
+    return low, 1.0 if low == high else high
 
 
 def page(schedule: Function, steps: int, *, lr: float = 1.0) -> str:

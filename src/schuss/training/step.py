@@ -16,7 +16,7 @@ from schuss.engine.pieces import EMA
 from schuss.training.accumulate import Window
 from schuss.training.clipping import clip_grad_norm_
 from schuss.training.epochs import kept_random
-from schuss.wrappers.outer import _chain
+from schuss.wrappers.outer import _chain, _needs_closure
 from schuss.wrappers.sam import SAM
 
 __all__ = ["PRECISIONS", "Loss", "Step", "check_optimizer", "evaluating", "in_eval_mode", "mean_loss", "with_modes"]
@@ -33,10 +33,13 @@ class Loss:
             batches (x, y).
         device: where batches are moved to.
         precision: one of `PRECISIONS`.
+        owner: what messages name.
     """
 
-    def __init__(self, loss_fn: Callable[..., Tensor], device: torch.device, precision: str) -> None:
-        self._loss_fn, self._device, self._dtype = loss_fn, device, PRECISIONS[precision]
+    def __init__(
+        self, loss_fn: Callable[..., Tensor], device: torch.device, precision: str, *, owner: str = "fit"
+    ) -> None:
+        self._loss_fn, self._device, self._dtype, self._owner = loss_fn, device, PRECISIONS[precision], owner
         try:
             names = [*inspect.signature(loss_fn).parameters]
         except ValueError:  # written in C
@@ -50,8 +53,9 @@ class Loss:
                 return self._loss_fn(model, batch)
             if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                 raise TypeError(
-                    f"fit: a batch must be a pair (x, y) for loss_fn(model(x), y), got a {type(batch).__name__}; for "
-                    "other batches write def loss_fn(model, batch), whose first parameter is called model"
+                    f"{self._owner}: a batch must be a pair (x, y) for loss_fn(model(x), y), got a "
+                    f"{type(batch).__name__}; for other batches write def loss_fn(model, batch), whose first parameter "
+                    "is called model"
                 )
             return self._loss_fn(model(batch[0]), batch[1])
 
@@ -120,12 +124,13 @@ class Step:
 
 def check_optimizer(optimizer: Optimizer, model: nn.Module, schedule: LRScheduler | None) -> None:
     """Raise if the optimizer is none for `fit`, or has nothing to do with the model or the schedule."""
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    needs_closure = closure is not None and closure.default is inspect.Parameter.empty
-    if needs_closure or any(isinstance(one, SAM) for one in _chain(optimizer)):
+    several = next((one for one in _chain(optimizer) if isinstance(one, SAM)), None) or _needs_closure(optimizer)
+    if several is not None:
+        inside = "" if several is optimizer else f" inside of {type(optimizer).__name__}"
         raise TypeError(
-            f"fit: {type(optimizer).__name__} needs a closure, for it evaluates the loss several times in a step; "
-            "write the loop by hand, with optimizer.step(closure)"
+            f"fit: {type(several).__name__}{inside} needs a closure, for it evaluates the loss several times in a "
+            "step, and fit once; write the loop by hand, with optimizer.step(closure) on each batch, where closure "
+            "clears the gradients, computes the loss, calls backward and returns the loss"
         )
     known = {id(p) for p in model.parameters()}
     if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):

@@ -4,7 +4,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from inspect import Parameter, signature
+from inspect import signature
 from operator import is_
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -18,7 +18,7 @@ from schuss.engine.route import check_gradient
 from schuss.optimizer import Optimizer
 from schuss.options import Nonfinite, Settings
 from schuss.roles import check_matrices, names_of, takes_matrices_only
-from schuss.wrappers.outer import Outer, _chain, _params
+from schuss.wrappers.outer import Outer, _chain, _needs_closure, _params
 
 if TYPE_CHECKING:
     from schuss.engine.bucket import Bucket
@@ -282,8 +282,10 @@ class Combined(Outer):
             with torch.enable_grad():
                 loss = closure()
         self._synchronized()
+        found = getattr(self, "found_inf", None)
         for inner in self._inners[1:]:  # the first one changes nothing if it refuses
-            _check_gradients(inner)
+            with _with(inner, {"found_inf": found}) if found is not None else ExitStack():
+                _check_ready(inner)
         if (handed := self._prepare()) is None:
             return loss
         for i, (inner, attributes) in enumerate(zip(self._inners, handed, strict=True)):
@@ -293,7 +295,8 @@ class Combined(Outer):
             except BaseException as error:
                 if i:
                     names = [*self.optimizers]
-                    error.add_note(f"Combined: {' and '.join(names[:i])} made this step already, {names[i]} did not")
+                    stepped = " and ".join(names[:i])
+                    error.add_note(f"Combined: {stepped} made this step already, {names[i]} did not finish it")
                 raise
         return loss
 
@@ -644,13 +647,11 @@ def _check(optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
                     f"Combined: {kind} must have no max_norm of its own, got {options.max_norm}: it would clip by the "
                     "norm of its gradients alone; give it to Combined(..., max_norm=...), which clips by that of all"
                 )
-            closure = signature(part.step).parameters.get("closure")
-            needs_closure = closure is not None and closure.default is Parameter.empty
-            if needs_closure or any(cls.__name__ == "LBFGS" for cls in type(part).__mro__):
-                raise TypeError(
-                    f"Combined: {kind} evaluates the loss several times in a step, while the parameters of the other "
-                    "optimizers stand still; step it by itself"
-                )
+        if (several := _needs_closure(inner)) is not None:
+            raise TypeError(
+                f"Combined: {type(several).__name__} evaluates the loss several times in a step, while the parameters "
+                "of the other optimizers stand still; step it by itself"
+            )
 
 
 def _refuse_shared(called: str, one: str, other: str) -> None:
@@ -675,12 +676,14 @@ def _has_stepped(kept: Mapping[str, Any]) -> bool:
     return bool(kept) and bounds.number(kept.get("step", 1)) != 0
 
 
-def _check_gradients(optimizer: torch.optim.Optimizer) -> None:
+def _check_ready(optimizer: torch.optim.Optimizer) -> None:
     """Raise on what an optimizer would refuse in its step, as far as can be known."""
     for leaf in _chain(optimizer):
         kind = type(leaf).__name__
-        if isinstance(leaf, Optimizer) and leaf._is_averaged:
-            raise RuntimeError(f"Combined: a step inside averaged() of {kind} would be undone by its end")
+        if isinstance(leaf, (Optimizer, Outer)):
+            leaf._check_ready()
+        if isinstance(leaf, Optimizer):
+            leaf._check_gradients()
         needs_sparse = isinstance(leaf, torch.optim.SparseAdam)
         takes_sparse = isinstance(leaf, _TAKE_SPARSE) or not type(leaf).__module__.startswith("torch.optim.")
         for index, group in enumerate(() if isinstance(leaf, Outer) else leaf.param_groups):

@@ -96,14 +96,18 @@ class Lookahead(Wrapper):
 
     # --- stepping ---------------------------------------------------------------------------------------------------
 
-    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def _check_ready(self) -> None:
         if self._is_swapped:
             raise RuntimeError(
                 "Lookahead: a step inside slow_weights() would be undone by its end; step before or after it"
             )
-        groups = self.inner.param_groups
-        if groups[0].get("capturable") and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        is_capturable = any(group.get("capturable") for group in self.inner.param_groups[:1])
+        if is_capturable and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("Lookahead: a step cannot be captured in a graph, since the host counts to k")
+
+    def _step(self, closure: Callable[[], float] | None = None) -> float | None:
+        self._check_ready()
+        groups = self.inner.param_groups
         is_new = self._is_fresh or self._groups_seen != len(groups)
         if is_new:
             self._begin_all()

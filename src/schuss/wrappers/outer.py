@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -33,6 +34,9 @@ class Outer(torch.optim.Optimizer):
     def _step(self, closure: Callable[[], float] | None = None) -> float | None:
         """The step itself, without hooks."""
         raise NotImplementedError
+
+    def _check_ready(self) -> None:
+        """Raise if this optimizer itself would refuse a step without a closure now."""
 
     def _save(self) -> StateDict:
         """The state dict, without hooks."""
@@ -125,6 +129,31 @@ def _chain(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
     if isinstance(optimizer, Outer):
         for inner in optimizer._inners:
             yield from _chain(inner)
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    """Of an optimizer and all that step in it, the one that evaluates the loss itself, as LBFGS does; None if none."""
+    for part in _chain(optimizer):
+        closure = signature(part.step).parameters.get("closure")
+        must_be_given = closure is not None and closure.default is Parameter.empty
+        if must_be_given or any(cls.__name__ == "LBFGS" for cls in type(part).__mro__):
+            return part
+    return None
+
+
+def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a closure can be handed to the steps of an optimizer and of those in it, whatever they are wrapped in."""
+    return all(map(_has_argument, (part.step for part in _chain(optimizer))))
+
+
+def _has_argument(step: Callable[..., Any]) -> bool:
+    try:
+        arguments = [*signature(step).parameters.values()]
+    except ValueError:  # written in C
+        return True
+    if arguments and arguments[0].name == "self":  # torch's schedulers wrap what is not bound
+        del arguments[0]
+    return any(a.kind not in (Parameter.KEYWORD_ONLY, Parameter.VAR_KEYWORD) for a in arguments)
 
 
 def _params(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, None]:

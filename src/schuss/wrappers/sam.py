@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from schuss import bounds
 from schuss.engine.process import uninterrupted
 from schuss.wrappers.base import Wrapper, wide
-from schuss.wrappers.outer import _chain, _params
+from schuss.wrappers.outer import _params, _takes_closure
 
 __all__ = ["ASAM", "SAM"]
 
@@ -165,25 +164,37 @@ class SAM(Wrapper):
                     "write optimizer.backward(closure), then scaler.step(optimizer)"
                 )
             loss = self.backward(closure)
-        stage, self._stage = self._stage, ""
-        if stage == "broken" and not (found is not None and found.item()):
-            if self._nonfinite == "raise":
-                self._refuse()
-            self._skipped += 1
-            return loss
-        if not stage and not self._climb().is_level:
+        try:
+            self._check_ready()
+            if self._is_broken:
+                self._skipped += 1
+                return loss
+            self._stage = ""
+            self._step_inner(None if closure is None else self._replayed(closure, loss))
+        finally:
+            self._stage = ""
+        return loss
+
+    def _check_ready(self) -> None:
+        self._check_outside("a step would be undone by the end of perturbed(); step after it")
+        if self._is_broken and self._nonfinite == "raise":
+            self._refuse()
+        if not self._stage and not self._climb().is_level:
             raise RuntimeError(
                 f"{type(self).__name__}: step() takes gradients of the perturbed parameters, and these are of the "
                 "parameters as they are; write step(closure), or call backward once more in `with "
                 "optimizer.perturbed():` before step(). A step of its inner optimizer alone is optimizer.inner.step()"
             )
-        self._step_inner(None if closure is None else self._replayed(closure, loss))
-        self._stage = ""
-        return loss
+
+    @property
+    def _is_broken(self) -> bool:
+        """Whether the norm of the first pass is not finite, and no GradScaler has found that already."""
+        found = getattr(self, "found_inf", None)
+        return self._stage == "broken" and not (found is not None and found.item())
 
     def _replayed(self, closure: Callable[[], float], loss: Any) -> Callable[[], float] | None:
         """A closure whose first evaluation has been made, for who makes more, as LBFGS; None for who takes none."""
-        if not all("closure" in signature(optimizer.step).parameters for optimizer in _chain(self.inner)):
+        if not _takes_closure(self.inner):
             return None
         evaluated: list[float] = [loss]
 
