@@ -323,7 +323,15 @@ def _is_trunk(module: nn.Module) -> bool:
 
 
 def check_settings(argument: str, settings: Mapping[str, Any], *, owner: str = "param_groups") -> None:
+    if not isinstance(settings, Mapping):
+        raise TypeError(
+            f"{owner}: {argument} must be settings by name, such as {{'lr': 0.01}}, got {type(settings).__name__}"
+        )
     for name, value in settings.items():
+        if isinstance(value, (Mapping, set)):
+            raise TypeError(
+                f"{owner}: {argument}: {name} must be the value of a setting, a number say, got {type(value).__name__}"
+            )
         if name in ("lr", "weight_decay"):
             bounds.check(owner, f"{argument}: {name}" if argument else name, value, "[0, inf)")
         elif name == "params":
