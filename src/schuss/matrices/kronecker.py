@@ -208,7 +208,7 @@ def next_basis(a: Tensor, basis: Tensor) -> tuple[Tensor, Tensor] | None:
     if not eigenvalues.isfinite().all():
         return None
     order = eigenvalues.argsort(descending=True, stable=True)
-    new = torch.linalg.qr(product[:, order]).Q
+    new = torch.linalg.householder_product(*torch.geqrf(product.index_select(1, order)))  # Q alone
     return (new, order) if bool(new.sum().isfinite()) else None  # no element exceeds 1
 
 

@@ -2,9 +2,7 @@
 
 import math
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +12,13 @@ from schuss import __version__
 from schuss.lab.landscape.result import NEEDS_KALEIDO
 from schuss.lab.landscape.surface import Array
 from schuss.lab.landscape.trajectory import Trajectory
+from schuss.lab.web import CONFIG, LAYOUT, colour, filled, log_ticks, named
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from schuss.lab.landscape.result import Landscape
 
-# Dark enough for a line of two pixels on white, light enough on a dark page.
-COLOURS = ("#2f6fed", "#f07c12", "#0f9d58", "#e11d48", "#8b5cf6", "#0b8793", "#b7791f", "#64748b")
 # Low is tinted, high is the page: what lies on it stays legible.
 SHADES = {"light": ("#b9c8de", "#e3eaf3", "#fbfcfe"), "dark": ("#33475f", "#222c39", "#16191f")}
 LINES = {"light": "rgba(70, 90, 120, .38)", "dark": "rgba(160, 185, 220, .30)"}
@@ -83,7 +80,7 @@ def figure(seen: "Landscape", *, legend: bool = True) -> "go.Figure":
         x, y = run.points[-1]
         fig.add_scatter(
             x=[x], y=[y], mode="markers", name=run.label, legendgroup=run.label, showlegend=False, hoverinfo="skip",
-            marker={"size": 11, "color": _colour(i), "line": {"width": 2, "color": "#fff"}},
+            marker={"size": 11, "color": colour(i), "line": {"width": 2, "color": "#fff"}},
             meta={"kind": "head", "run": i}, cliponaxis=True,
         )  # fmt: skip
     x, y = seen.trajectories[0].points[0]
@@ -95,7 +92,7 @@ def figure(seen: "Landscape", *, legend: bool = True) -> "go.Figure":
     x0, x1, y0, y1 = seen.box
     # A gradient is at right angles to the contours only where both axes have one scale.
     fig.update_layout(
-        **_layout(),
+        **LAYOUT,
         showlegend=legend,
         margin={"l": 52, "r": 14, "t": 10, "b": 92, "autoexpand": legend},
         xaxis={"range": [x0, x1], "title": seen.axes[0], "constrain": "domain", "zeroline": False, "showgrid": False},
@@ -116,7 +113,7 @@ def losses(seen: "Landscape", *, legend: bool = True) -> "go.Figure":
     for i, (run, above) in enumerate(zip(seen.trajectories, gaps, strict=True)):
         fig.add_scatter(
             x=run.steps, y=[gap if math.isfinite(gap) and gap > least else None for gap in above], mode="lines",
-            name=run.label, legendgroup=run.label, line={"color": _colour(i), "width": 1.8}, customdata=run.losses,
+            name=run.label, legendgroup=run.label, line={"color": colour(i), "width": 1.8}, customdata=run.losses,
             hovertemplate=f"step %{{x}}, loss %{{customdata:.4g}}<extra>{escape(run.label)}</extra>",
             meta={"kind": "curve", "run": i},
         )  # fmt: skip
@@ -126,12 +123,12 @@ def losses(seen: "Landscape", *, legend: bool = True) -> "go.Figure":
     top = min(max(kept, default=1.0), 30 * max(starts, default=1.0))
     bottom = max(min(kept, default=1e-3), 1e-10 * top)
     fig.update_layout(
-        **_layout(),
+        **LAYOUT,
         showlegend=legend,
         margin={"l": 60, "r": 14, "t": 10, "b": 46},
         xaxis={"title": "step", "zeroline": False},
         yaxis={
-            "title": _loss_name(seen), "type": "log", "zeroline": False, **_log_ticks(math.log10(top / bottom)),
+            "title": _loss_name(seen), "type": "log", "zeroline": False, **log_ticks(math.log10(top / bottom)),
             "range": [math.log10(bottom) - 0.15, math.log10(top) + 0.15],
         },
     )  # fmt: skip
@@ -146,7 +143,7 @@ def to_html(seen: "Landscape", *, command: str = "") -> str:
         return str(
             figure_to_html(
                 fig, include_plotlyjs=with_plotly, full_html=False, default_height="100%", div_id=name,
-                config={"responsive": True, "displayModeBar": False},
+                config=dict(CONFIG),
             )
         )  # fmt: skip
 
@@ -156,8 +153,9 @@ def to_html(seen: "Landscape", *, command: str = "") -> str:
     plane.update_layout(xaxis={"visible": False}, yaxis={"visible": False})
     x0, x1, y0, y1 = seen.box
     longest = max((run.steps for run in seen.trajectories), key=len)
-    page = Template(resources.files("schuss.lab.landscape").joinpath("page.html").read_text(encoding="utf-8"))
-    return page.substitute(
+    return filled(
+        "schuss.lab.landscape",
+        "page.html",
         title=escape(_title(seen)),
         formula=escape(seen.formula) + (f" <span>{escape(seen.source)}</span>" if seen.source else ""),
         ground=drawn(ground, "ground", with_plotly=True),
@@ -167,7 +165,7 @@ def to_html(seen: "Landscape", *, command: str = "") -> str:
         width=f"{x1 - x0:.6g}",
         height=f"{y1 - y0:.6g}",
         legend="".join(
-            f'<button type="button" aria-pressed="true" data-run="{i}">{_chip(i)}{escape(run.label)}</button>'
+            f'<button type="button" aria-pressed="true" data-run="{i}">{named(i, run.label)}</button>'
             for i, run in enumerate(seen.trajectories)
         ),
         steps=list(longest),
@@ -212,20 +210,10 @@ def _path(run: Trajectory, i: int) -> dict[str, Any]:
         "mode": "lines+markers",
         "name": run.label,
         "legendgroup": run.label,
-        "line": {"color": _colour(i), "width": 2},
-        "marker": {"size": 4, "color": _colour(i)},
+        "line": {"color": colour(i), "width": 2},
+        "marker": {"size": 4, "color": colour(i)},
         "hovertemplate": "step %{customdata[0]}, loss %{customdata[1]:.4g}<br>%{x:.4g}, %{y:.4g}"
         f"<extra>{label}</extra>",
-    }
-
-
-def _layout() -> dict[str, Any]:
-    return {
-        "template": "none",
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hovermode": "closest",
-        "font": {"family": "system-ui, sans-serif", "size": 12},
     }
 
 
@@ -245,12 +233,6 @@ def _ticks(first: float, last: float) -> tuple[list[float], list[str]]:
     return whole[::every], [f"{10**k:.6g}" for k in whole[::every]]
 
 
-def _log_ticks(decades: float) -> dict[str, Any]:
-    if decades <= 3:
-        return {"dtick": "D2", "tickformat": "~g"}  # at 1, 2 and 5 of each power, written out
-    return {"dtick": math.ceil(decades / 7), "exponentformat": "power"}
-
-
 def _loss_name(seen: "Landscape") -> str:
     return "loss" if seen.floor == 0 else f"loss - {seen.floor:.4g}".replace("- -", "+ ")
 
@@ -259,18 +241,10 @@ def _title(seen: "Landscape") -> str:
     return f"Optimizers on {seen.name}"
 
 
-def _colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
-
-
-def _chip(i: int) -> str:
-    return f'<i style="background:{_colour(i)}"></i>'
-
-
 def _table(seen: "Landscape") -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in seen.header)
     rows = "".join(
-        f"<tr><th>{_chip(i)}{escape(name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+        f"<tr><th>{named(i, name)}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
         for i, (name, *cells) in enumerate(seen.table())
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
