@@ -108,6 +108,8 @@ class Preconditioned(Optimizer):
             for p in group["params"]
             if id(p) in updated and self._is_due(group, step := int(number(self.state[p]["step"])))
         ]
+        if not due:
+            return
         due.sort(key=lambda one: sum(side**3 for side in _sides(one[0])))  # what is renewed at once ends at once
         with one_each([p for p, *_ in due]) as renew:
             for at_once in _batches(due, torch.get_num_threads()):
