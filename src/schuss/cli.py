@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 NEEDS_LAB = 'schuss: the command line needs the lab extra: pip install "schuss[lab]"'
+LAB = {"optuna", "plotly", "rich", "scipy", "sklearn", "tensorboard"}
 
 try:
     import typer
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"schuss: {error.format_message()}", file=sys.stderr)
         code = error.exit_code
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in {"optuna", "plotly", "rich", "scipy", "sklearn"}:
+        if error.name is None or error.name.split(".")[0] not in LAB:
             raise
         print(NEEDS_LAB, file=sys.stderr)
         code = 1
@@ -104,6 +105,9 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write the curves of every run to the folder tensorboard in it.")
+    ] = False,
 ) -> None:
     """Train workloads with several optimizers, learning rates and seeds, and rank what came out."""
     from schuss.lab import command
@@ -112,7 +116,8 @@ def compare(
         try:
             complete = command.compare(
                 workloads=workload, optimizers=optimizers, lrs=lrs, seeds=seeds, epochs=epochs, warmup=warmup,
-                extend=extend, jobs=jobs, threads=threads, out=out, store=store, show=typer.echo,
+                extend=extend, jobs=jobs, threads=threads, out=out, store=store, tensorboard=tensorboard,
+                show=typer.echo,
             )  # fmt: skip
         except OSError as error:
             raise ValueError(str(error)) from error

@@ -12,6 +12,7 @@ from schuss.lab import report
 from schuss.lab.candidate import DEFAULT_NAMES
 from schuss.lab.compare import Comparison
 from schuss.lab.run import Run
+from schuss.lab.tensorboard import check
 
 
 def compare(
@@ -27,6 +28,7 @@ def compare(
     threads: int,
     out: Path,
     store: Path | None,
+    tensorboard: bool,
     show: Callable[[str], None],
 ) -> bool:
     """Run it.
@@ -41,6 +43,8 @@ def compare(
         ValueError: an argument that is none; before anything is written.
         OSError: the folder or the store cannot be written.
     """
+    if tensorboard:
+        check()
     sys.path.insert(0, "")  # module:name is looked for in this folder, as `python -m` does
     names = ["digits"] if workloads is None else _split(",".join(workloads))
     entrants = list(DEFAULT_NAMES) if optimizers is None else _split(",".join(optimizers))
@@ -77,12 +81,15 @@ def compare(
     words += ["--warmup", f"{warmup:g}"] if warmup else []
     words += ["--extend", str(extend)] if extend != 2 else []
     words += ["--seeds", seeds, "--threads", str(threads)]
-    page, *numbers = report.save(comparison, out, command=shlex.join(words))
+    page, *numbers = report.save(comparison, out, command=shlex.join(words), tensorboard=tensorboard)
+    events = numbers.pop() if tensorboard else None
     if comparison.recalled:
         show(f"Taken from {kept}: {comparison.recalled} of {len(comparison.runs)} runs; delete it to train them again.")
     if comparison.interrupted:
         show("The same command goes on from here.")
     show(f"Report: {page}\nNumbers: {', '.join(map(str, numbers))}")
+    if events is not None:
+        show(f"Curves: {shlex.join(['tensorboard', '--logdir', str(events)])}")
     return not comparison.interrupted
 
 

@@ -221,19 +221,23 @@ class Comparison:
         ]  # fmt: skip
         return ("#", "optimizer", "score\nby steps", "score\nby seconds", "targets\nreached", "fewest\nsteps"), rows
 
-    def save(self, folder: Path | str, *, command: str = "") -> list[Path]:
+    def save(self, folder: Path | str, *, command: str = "", tensorboard: bool = False) -> list[Path]:
         """Write compare.html and its numbers, as JSON and CSV, to a folder; what was there under these names is gone.
 
         Args:
             folder: is made if it is not there.
             command: how to make it again, for the page.
+            tensorboard: also write the curves of every run to the folder `tensorboard` in it.
 
         Returns:
-            The files.
+            The files, and that folder.
+
+        Raises:
+            ModuleNotFoundError: TensorBoard is wanted and not installed.
         """
         from schuss.lab import report
 
-        return report.save(self, Path(folder), command=command)
+        return report.save(self, Path(folder), command=command, tensorboard=tensorboard)
 
     def _missing(self) -> list[tuple[Workload, Candidate, float, int]]:
         """Runs that have not been made; optimizers alternate, so that a machine that slows down slows all of them."""

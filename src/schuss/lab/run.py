@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -74,6 +74,13 @@ class Run:
         if self.error is not None:
             return False
         return not all(map(math.isfinite, [*self.train_loss[-1:], self.test_loss[-1]]))
+
+    def seconds_at(self, steps: Sequence[int]) -> list[float]:
+        """When steps ended: between two evaluations at an even pace, after the last one at that of the whole run."""
+        last = self.steps[-1]
+        pace = self.seconds[-1] / last if last else 1e-3 * self.train_step_ms
+        known: list[float] = np.interp(steps, self.steps, self.seconds).tolist()
+        return [at + pace * max(0, step - last) for step, at in zip(steps, known, strict=True)]
 
     @classmethod
     def failed(cls, workload: str, optimizer: str, lr: float, seed: int, error: str) -> "Run":
