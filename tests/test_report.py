@@ -247,7 +247,10 @@ found.named = [...doc.querySelectorAll("button, .plot, .scroll, nav, [role=group
   e => e.getAttribute("aria-label") || e.textContent.trim());
 const ring = win.getComputedStyle(doc.activeElement);
 found.stated = [...doc.querySelectorAll("button")].map(e => e.getAttribute("aria-pressed"));
-found.width = [doc.documentElement.scrollWidth, doc.documentElement.clientWidth, win.innerWidth, ...all.map(p => p.getBoundingClientRect().right)];
+found.width = [
+  doc.documentElement.scrollWidth, doc.documentElement.clientWidth, win.innerWidth,
+  ...all.map(p => p.getBoundingClientRect().right),
+];
 found.injected = [doc.querySelectorAll("img").length, doc.scripts.length];
 found.heading = doc.querySelectorAll("h2")[2].textContent;
 found.hover = await (async () => {

@@ -183,7 +183,8 @@ def clamp(x: Any, low: Any, high: Any) -> Any:
 # --- words about a whole tensor ---------------------------------------------------------------------------------------
 
 # Sums are float64 numbers, so that a long one is as exact as a short one, and does not overflow where its elements do
-# not (the CPU's kernels multiply and add blocks of elements in float32); what they are multiplied with keeps its dtype, as torch's tensors do with one of no dimensions.
+# not (the CPU's kernels multiply and add blocks of elements in float32); what they are multiplied with keeps its dtype,
+# as torch's tensors do with one of no dimensions.
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -285,7 +286,9 @@ class MatrixCall:
     def __call__(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         """The value, in the dtype of x; x of more dimensions is a matrix whose rows are its first one."""
         matrices = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-        value: torch.Tensor = self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(x.dtype)
+        value: torch.Tensor = self.batch(matrices.to(self.dtype or x.dtype)[None], *(o[None] for o in others))[0].to(
+            x.dtype
+        )
         return value if self.square else value.view_as(x)
 
     def batch(self, x: torch.Tensor, *others: Any, **settings: Any) -> Any:
