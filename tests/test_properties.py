@@ -104,11 +104,12 @@ def assert_near(
 @given(data=st.data())
 def test_kernels_do_what_eager_torch_does(case: Case, data: st.DataObject) -> None:
     """float64 to 1e-12; float32 to 16 ulps after seven steps: a kernel's root may be an ulp off torch's, and centered
-    RMSprop subtracts what is nearly equal."""
+    RMSprop subtracts what is nearly equal. Rules with sums to 16 times that: what differs in one element reaches all."""
     setting = data.draw(some_settings(case, (torch.float64, torch.float32, torch.complex64), in_order=True))
     ours, our_params = run(case, setting, backend="numba")
     theirs, their_params = run(case, setting, backend="reference")
     tolerance = 1e-12 if setting.dtype == torch.float64 else 16 * torch.finfo(torch.float32).eps
+    tolerance *= 16 if has_sums(ours) else 1
     for i, (p, q, start) in enumerate(zip(our_params, their_params, setting.parameters(), strict=True)):
         assert_near(p, q, f"parameter {i}", tolerance, start)
         assert set(ours.state[p]) == set(theirs.state[q])

@@ -894,7 +894,9 @@ def test_a_window_of_micro_batches_cannot_be_used_for_both_passes() -> None:
 def test_fit_refuses_it(wrap: Any) -> None:
     model = nn.Linear(3, 1)
     optimizer = wrap(SAM(optim.SGD(model.parameters(), lr=0.1)))
-    with pytest.raises(TypeError, match=r"fit: .* evaluates the loss several times in a step; write the loop by hand"):
+    with pytest.raises(
+        TypeError, match=r"fit: .* evaluates the loss several times in a step, and fit once; write the loop"
+    ):
         schuss.fit(model, [(torch.ones(2, 3), torch.ones(2, 1))], nn.functional.mse_loss, optimizer, epochs=1)
 
 

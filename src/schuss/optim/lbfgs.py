@@ -637,5 +637,9 @@ def _lowest(a: Point, b: Point, within: tuple[float, float] | None = None) -> fl
         if square >= 0:
             root = math.sqrt(square)
             bend = b.slope - a.slope + 2 * root
-            t = b.t - (b.t - a.t) * ((b.slope + root - secant) / bend) if bend else math.nan
+            share = b.slope + root - secant
+            if bend:
+                t = b.t - (b.t - a.t) * (share / bend)
+            elif share:  # it falls on and on
+                t = -math.copysign(math.inf, share)
     return (left + right) / 2 if math.isnan(t) else min(max(t, left), right)
