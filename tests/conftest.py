@@ -1,8 +1,13 @@
 """Fixtures of several files."""
 
+import signal
+
 import pytest
 
 from cases import make_matrices_exact
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what is to run in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def assert_near(
 @given(data=st.data())
 def test_kernels_do_what_eager_torch_does(case: Case, data: st.DataObject) -> None:
     """float64 to 1e-12; float32 to 16 ulps after seven steps: a kernel's root may be an ulp off torch's, and centered
-    RMSprop subtracts what is nearly equal. Rules with sums to 16 times that: what differs in one element reaches all."""
+    RMSprop subtracts what is nearly equal. Rules with sums to 16 times that: what differs in one reaches all."""
     setting = data.draw(some_settings(case, (torch.float64, torch.float32, torch.complex64), in_order=True))
     ours, our_params = run(case, setting, backend="numba")
     theirs, their_params = run(case, setting, backend="reference")
