@@ -214,8 +214,13 @@ def test_checkpoints_are_exchanged_with_torch_in_mid_run(case: Case, direction: 
     lockstep(target, uninterrupted, taken_over, oracle, range(4, 9), missing=True, loaded_by_torch=True)
 
 
-@each(ALL)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *(pytest.param(case, torch.float32, id=f"float32-{case}") for case in ALL),
+        *(pytest.param(c, dtype, id=f"{dtype}-{c}") for dtype in (torch.float64, torch.bfloat16) for c in RICH),
+    ],
+)
 def test_resuming_is_bitwise_the_same_as_not_stopping(case: Case, dtype: torch.dtype) -> None:
     whole = case.parameters(dtype=dtype)
     a = case.ours(whole)

