@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench lock clean
+.PHONY: demo test check format bench study lock clean
 
 demo: .venv/stamp ## compare eight optimizers; the report is out/compare.html
 	$(BIN)/schuss compare --out out
@@ -20,6 +20,9 @@ check: .venv/stamp
 format: .venv/stamp
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+study: .venv/stamp ## hours; stopped and started again, it goes on
+	$(BIN)/python benchmarks/study.py
 
 bench: .venv/stamp
 	$(BIN)/python benchmarks/cpu.py

@@ -1,0 +1,83 @@
+"""The study of docs/study.md: twelve optimizers on the built-in workloads, with equal budgets. Writes a report.
+
+    python benchmarks/study.py [--jobs 2] [--seeds 3] [--workload NAME] [--out out/study]
+
+Every optimizer gets five learning rates, about a factor of three apart, and up to two more where its best one lies at
+an edge. All else is the default of its class. A run is complete: its rate falls linearly to zero, but for
+Schedule-Free's. Runs are kept in `runs.sqlite` in the folder: stopped by Ctrl-C and started again, it goes on.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import schuss
+from schuss import optim
+from schuss.lab.candidate import ARGUMENTS, Candidate
+from schuss.lab.compare import Comparison
+from schuss.lab.run import Run
+from schuss.lab.workloads import WORKLOADS
+
+
+def muon_and_adamw(model: nn.Module, lr: float, **settings: Any) -> torch.optim.Optimizer:
+    """Muon for hidden matrices, with steps as large as AdamW's, and AdamW for the rest."""
+    groups = schuss.param_groups(model, lr=lr, matrices={"adjust_lr_fn": "match_rms_adamw"}, **settings)
+    return schuss.Combined.of(groups, matrices=optim.Muon, others=optim.AdamW)
+
+
+CENTRES = {
+    "SGD": 0.1, "AdamW": 3e-3, "NAdamW": 3e-3, "RAdam": 1e-2, "ADOPT": 3e-3, "Lion": 3e-4, "AdEMAMix": 3e-3,
+    "MARS": 3e-3, "Prodigy": 1.0, "ScheduleFreeAdamW": 1e-2, "SOAP": 3e-3,
+}  # fmt: skip
+"""The middle one of five learning rates: the default of a class, or where its authors or digits put it."""
+
+LEFT_OUT = ("zipf_sparse",)
+"""Only for optimizers that take sparse gradients."""
+
+
+def rates(centre: float) -> tuple[float, ...]:
+    """Five, about a factor of three apart."""
+    return tuple(float(f"{centre * factor:.1g}") for factor in (0.1, 1 / 3, 1, 3, 10))
+
+
+def entrants() -> list[Candidate]:
+    """The twelve."""
+    found = [
+        Candidate(name, getattr(optim, name), rates(centre), ARGUMENTS.get(name, {}))
+        for name, centre in CENTRES.items()
+    ]
+    return [*found, Candidate("Muon + AdamW", muon_and_adamw, rates(3e-3))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workload", action="append", help="one of them; may be repeated (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("out/study"))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    names = given.workload or [name for name in WORKLOADS if name not in LEFT_OUT]
+    comparison = Comparison(names, entrants(), seeds=given.seeds, threads=1)
+    began = last = time.monotonic()
+
+    def on_run(run: Run, done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 20:
+            last = time.monotonic()
+            print(f"{done} of {total} runs after {(last - began) / 60:.0f} min", flush=True)
+
+    given.out.mkdir(parents=True, exist_ok=True)
+    comparison.run(jobs=given.jobs, store=given.out / "runs.sqlite", on_run=on_run)
+    if comparison.runs:
+        print(comparison)
+    for path in comparison.save(given.out, command="python benchmarks/study.py"):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
