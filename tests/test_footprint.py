@@ -119,6 +119,8 @@ def test_agrees_with_the_plan_and_with_the_tensors_of_a_step(cls: Any, dtype: to
     for row in predicted:
         params = parameters()
         options = settings | {"state_dtype": row.state_dtype, "rounding": row.rounding}
+        if row.name != "like the parameter" or row.rounding != "nearest":
+            options["backend"] = "reference"  # all store the same, and it compiles nothing
         if row.state is None:
             with pytest.raises(ValueError, match="must be float32") as raised:
                 cls(params, **options)
