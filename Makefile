@@ -7,10 +7,9 @@ BIN := .venv/bin
 demo: .venv/stamp ## compare eight optimizers; the report is out/compare.html
 	$(BIN)/schuss compare --out out
 
-# One thread of torch's for each worker: more would only wait for one another. One worker more than there are cores, for
-# some tests wait for other processes.
+# One thread of torch's for each worker: more would only wait for one another.
 test: .venv/stamp
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $$($(BIN)/python -c 'import os; print(1 + len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "auto")')
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 check: .venv/stamp
 	$(BIN)/ruff format --check
