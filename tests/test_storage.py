@@ -89,7 +89,7 @@ def test_a_few_steps_of_eager_torch(case: Case, storage: str, backend: str) -> N
     check_run(case, storage, backend)
 
 
-@stored(RICH + [c for c in PLAIN if c not in RICH])
+@stored(RICH)
 def test_back_ends_store_the_same(case: Case, storage: str) -> None:
     check_codes(case, storage, BACKENDS)
 
