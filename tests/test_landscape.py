@@ -4,10 +4,7 @@ import csv
 import io
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from browser import look, need_chromium
 from schuss import optim
 from schuss.cli import app, main
 from schuss.lab.landscape import SURFACES, Landscape, Plane, Surface, landscape, network, page, trajectory
@@ -648,26 +646,6 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: li
 # --- the page in a browser --------------------------------------------------------------------------------------------
 
 
-def need_chromium() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    return found
-
-
-HARNESS = """<!doctype html><body style="margin:0">
-<iframe id="frame" src="page.html" style="border:0; width:%dpx; height:900px"></iframe><pre id="result"></pre>
-<script>
-const frame = document.getElementById("frame");
-const wait = ms => new Promise(done => setTimeout(done, ms));
-frame.addEventListener("load", async () => {
-  let result;
-  try { result = await (async (win, doc) => { %s })(frame.contentWindow, frame.contentDocument); }
-  catch (error) { result = {error: String(error)}; }
-  document.getElementById("result").textContent = JSON.stringify(result);
-});
-</script>"""
-
 SCRIPT = """
 const [ground, plane, slider, play] = ["ground", "plane", "step", "play"].map(name => doc.getElementById(name));
 const lines = () => plane.data.filter(t => t.meta && t.meta.kind === "path");
@@ -716,22 +694,10 @@ return found;
 @pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (375, "dark")])
 def test_the_page_in_a_browser(seen: Landscape, tmp_path: Path, width: int, theme: str) -> None:
     """Slider, play button, legend, keyboard, width, theme; no error on the console, nothing from the network."""
-    chromium = need_chromium()
+    need_chromium()
     seen.save(tmp_path / "page.html", command="schuss landscape beale")
     assert (tmp_path / "page.html").stat().st_size < 10e6  # five of them are Plotly
-    (tmp_path / "harness.html").write_text(HARNESS % (width, SCRIPT), encoding="utf-8")
-    result = subprocess.run(
-        [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom",
-            f"--blink-settings=preferredColorScheme={int(theme == 'light')}", f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=10000", "--window-size=1300,1000", "--enable-logging=stderr",
-            f"file://{tmp_path / 'harness.html'}",
-        ],
-        capture_output=True, text=True, timeout=100, check=False, env=os.environ | {"HOME": str(tmp_path)},
-    )  # fmt: skip
-    found = json.loads(re.search(r'<pre id="result">(.*?)</pre>', result.stdout)[1])  # type: ignore[index]
-    assert "error" not in found, found
-    assert [line for line in result.stderr.splitlines() if "CONSOLE" in line] == []
+    found = look(tmp_path / "page.html", SCRIPT, width=width, theme=theme)
     document = json.loads(seen.to_json())
     for (x, y, told), way in zip(found["last"], document["trajectories"], strict=True):
         assert [list(point) for point in zip(x, y, strict=True)] == way["points"]

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
-import shutil
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 
 import small_workloads as small
+from browser import look, need_chromium
 from schuss.lab import report, tensorboard
 from schuss.lab.candidate import Candidate
 from schuss.lab.compare import Comparison
@@ -190,19 +188,6 @@ def test_landscapes_in_the_folder_are_linked_to(tmp_path: Path) -> None:
         assert (tmp_path / name.replace("%20", " ")).exists()
 
 
-HARNESS = """<!doctype html><body style="margin:0">
-<iframe id="frame" src="compare.html" style="border:0; width:%dpx; height:900px"></iframe><pre id="result"></pre>
-<script>
-const frame = document.getElementById("frame");
-const wait = ms => new Promise(done => setTimeout(done, ms));
-frame.addEventListener("load", async () => {
-  let result;
-  try { result = await (async (win, doc) => { %s })(frame.contentWindow, frame.contentDocument); }
-  catch (error) { result = {error: String(error)}; }
-  document.getElementById("result").textContent = JSON.stringify(result);
-});
-</script>"""
-
 SCRIPT = """
 const all = [...doc.querySelectorAll(".plot")];
 const found = {lazy: all.filter(plot => !plot.data).length};
@@ -269,26 +254,10 @@ return found;
 @pytest.mark.parametrize(("width", "theme"), [(1200, "light"), (375, "dark")])
 def test_the_page_in_a_browser(compared: Comparison, tmp_path: Path, width: int, theme: str) -> None:
     """Curves, toggles, legend, keyboard, width, theme, foreign text; no error, nothing from the network."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium: apt-get install chromium")
+    need_chromium()
     compared.save(tmp_path, command=f"schuss compare {EVIL}")
     assert (tmp_path / "compare.html").stat().st_size < 6e6  # five of them are Plotly
-    (tmp_path / "harness.html").write_text(HARNESS % (width, SCRIPT), encoding="utf-8")
-    result = subprocess.run(
-        [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom",
-            f"--blink-settings=preferredColorScheme={int(theme == 'light')}", f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=15000", "--window-size=1300,1000", "--enable-logging=stderr",
-            f"file://{tmp_path / 'harness.html'}",
-        ],
-        capture_output=True, text=True, timeout=100, check=False, env=os.environ | {"HOME": str(tmp_path)},
-    )  # fmt: skip
-    text = re.search(r'<pre id="result">(.*?)</pre>', result.stdout)
-    assert text is not None
-    found = json.loads(text[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert "error" not in found, found
-    assert [line for line in result.stderr.splitlines() if "CONSOLE" in line] == []
+    found = look(tmp_path / "compare.html", SCRIPT, width=width, theme=theme)
     figures = specification((tmp_path / "compare.html").read_text(encoding="utf-8"))
     _, accuracy, *_ = figures
     assert found["lazy"] > 3
