@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import inspect
 import json
 import math
 import os
@@ -71,6 +72,13 @@ def fallen(lr: float, steps: int) -> float:
     return float(0.5 * (h * theta**2).sum())
 
 
+def opened(workload: Workload, optimizer: str, **given: Any) -> Search:
+    """A study that is open, with the defaults of `tune`."""
+    arguments = inspect.signature(tune).bind(workload, optimizer, **given)
+    arguments.apply_defaults()
+    return Search(*arguments.args, **arguments.kwargs)
+
+
 def found(tuning: Tuning) -> list[tuple[Any, ...]]:
     """Everything but times and numbers, which differ if a trial has been begun twice."""
     rows = [(t.origin, tuple(t.params.items()), tuple(t.values.items()), t.failure) for t in tuning.trials]
@@ -128,7 +136,7 @@ def test_the_best_third_goes_on() -> None:
     ],
 )
 def test_rungs(trials: int, epochs: int, rungs: int | None, expected: tuple[int, ...]) -> None:
-    assert Search(bowls(epochs), "torch:SGD", trials=trials, rungs=rungs).rungs == expected
+    assert opened(bowls(epochs), "torch:SGD", trials=trials, rungs=rungs).rungs == expected
 
 
 def test_somebody_arrives_however_few_there_are_and_whoever_fails_on_the_way() -> None:
@@ -238,7 +246,7 @@ def test_after_ctrl_c_the_study_goes_on_with_the_points_it_would_have_had(tmp_pa
     whole = tune(bowls(9), "torch:SGD", **SETTING)
     with pytest.raises(KeyboardInterrupt):
         tune(stopping(at, interrupt), "torch:SGD", storage=url, **SETTING)
-    half = Search(bowls(9), "torch:SGD", storage=url, **SETTING)
+    half = opened(bowls(9), "torch:SGD", storage=url, **SETTING)
     before = half.result()
     assert 0 < len(before.trials) < len(whole.trials)
     assert not any(trial.running for trial in before.trials)
@@ -247,7 +255,7 @@ def test_after_ctrl_c_the_study_goes_on_with_the_points_it_would_have_had(tmp_pa
     assert found(half.result()) == found(whole)
     assert half.result().confirmed == whole.confirmed
     half.close()
-    counted = Search(stopping(2, lambda: pytest.fail("nothing is left to train")), "torch:SGD", storage=url, **SETTING)
+    counted = opened(stopping(2, lambda: pytest.fail("nothing is left to train")), "torch:SGD", storage=url, **SETTING)
     counted.run()
     assert found(counted.result()) == found(whole)
     counted.close()
@@ -263,7 +271,7 @@ def test_after_a_kill_the_trial_that_ran_is_tried_again(tmp_path: Path) -> None:
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    search = Search(bowls(9), "torch:SGD", storage=url, **SETTING)
+    search = opened(bowls(9), "torch:SGD", storage=url, **SETTING)
     [running] = [trial for trial in search.result().trials if trial.running]
     search.run()
     whole = tune(bowls(9), "torch:SGD", **SETTING)
@@ -286,7 +294,7 @@ def test_more_trials_go_on_from_those_that_are_there(tmp_path: Path) -> None:
 
 def test_trials_that_somebody_puts_into_the_queue_are_trained_too() -> None:
     storage = optuna.storages.InMemoryStorage()
-    search = Search(bowls(9), "torch:SGD", trials=9, names=["lr"], settings=PLAIN, seeds=0, storage=storage, extend=0)
+    search = opened(bowls(9), "torch:SGD", trials=9, names=["lr"], settings=PLAIN, seeds=0, storage=storage, extend=0)
     search.study.enqueue_trial({"lr": 0.0123})
     search.study.enqueue_trial({})
     search.run()
@@ -333,7 +341,7 @@ def test_several_processes_share_the_work(tmp_path: Path, monkeypatch: pytest.Mo
     slow = Workload.of(importlib.import_module("work_of_several").slow)
     url = f"sqlite:///{tmp_path / 'tune.db'}"
     arguments: dict[str, Any] = {"trials": 12, "names": ["lr"], "seeds": 0, "extend": 0, "sampler": "halton"}
-    search = Search(slow, "torch:SGD", jobs=2, storage=url, **arguments)
+    search = opened(slow, "torch:SGD", jobs=2, storage=url, **arguments)
     (tmp_path / "who").write_text("")
     search.run()
     tuned = search.result()

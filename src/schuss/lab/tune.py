@@ -117,20 +117,20 @@ class Search:
         workload: Workload,
         optimizer: Optimizer,
         *,
-        trials: int = 20,
-        seeds: int = 3,
-        epochs: int | None = None,
-        rungs: int | None = None,
-        settings: Mapping[str, Any] | None = None,
-        ranges: Mapping[str, tuple[float, float]] | None = None,
-        names: Sequence[str] | None = None,
-        sampler: str = "tpe",
-        extend: int = 2,
-        seed: int = 0,
-        budget: str | None = None,
-        storage: str | BaseStorage | None = None,
-        study: str | None = None,
-        jobs: int = 1,
+        trials: int,
+        seeds: int,
+        epochs: int | None,
+        rungs: int | None,
+        settings: Mapping[str, Any] | None,
+        ranges: Mapping[str, tuple[float, float]] | None,
+        names: Sequence[str] | None,
+        sampler: str,
+        extend: int,
+        seed: int,
+        budget: str | None,
+        storage: str | BaseStorage | None,
+        study: str | None,
+        jobs: int,
     ) -> None:
         _check(trials=(trials, 1), seeds=(seeds, 0), extend=(extend, 0), seed=(seed, 0), jobs=(jobs, 1))
         if epochs is not None:
@@ -242,7 +242,7 @@ class Search:
 
     def _begin_processes(self, threads: int) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process whose torch has threads may hang
-        given = self._given | {"study": self.name}
+        given = self._given | {"study": self.name, "budget": None, "jobs": 1}
         for _ in range(1, self.jobs):
             process = spawn.Process(target=_help, args=(self.workload, given, self._limit, threads))
             try:
