@@ -10,47 +10,16 @@ Schedule-Free's. Runs are kept in `runs.sqlite` in the folder: stopped by Ctrl-C
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from study_entrants import entrants
 
-import schuss
-from schuss import optim
-from schuss.lab.candidate import ARGUMENTS, Candidate
 from schuss.lab.compare import Comparison
 from schuss.lab.run import Run
 from schuss.lab.workloads import WORKLOADS
 
-
-def muon_and_adamw(model: nn.Module, lr: float, **settings: Any) -> torch.optim.Optimizer:
-    """Muon for hidden matrices, with steps as large as AdamW's, and AdamW for the rest."""
-    groups = schuss.param_groups(model, lr=lr, matrices={"adjust_lr_fn": "match_rms_adamw"}, **settings)
-    return schuss.Combined.of(groups, matrices=optim.Muon, others=optim.AdamW)
-
-
-CENTRES = {
-    "SGD": 0.1, "AdamW": 3e-3, "NAdamW": 3e-3, "RAdam": 1e-2, "ADOPT": 3e-3, "Lion": 3e-4, "AdEMAMix": 3e-3,
-    "MARS": 3e-3, "Prodigy": 1.0, "ScheduleFreeAdamW": 1e-2, "SOAP": 3e-3,
-}  # fmt: skip
-"""The middle one of five learning rates: the default of a class, or where its authors or digits put it."""
-
 LEFT_OUT = ("zipf_sparse",)
 """Only for optimizers that take sparse gradients."""
-
-
-def rates(centre: float) -> tuple[float, ...]:
-    """Five, about a factor of three apart."""
-    return tuple(float(f"{centre * factor:.1g}") for factor in (0.1, 1 / 3, 1, 3, 10))
-
-
-def entrants() -> list[Candidate]:
-    """The twelve."""
-    found = [
-        Candidate(name, getattr(optim, name), rates(centre), ARGUMENTS.get(name, {}))
-        for name, centre in CENTRES.items()
-    ]
-    return [*found, Candidate("Muon + AdamW", muon_and_adamw, rates(3e-3))]
 
 
 def main() -> None:

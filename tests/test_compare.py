@@ -22,13 +22,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from torch import nn
 
+import schuss
 import small_workloads as small
 from schuss import optim
 from schuss.lab import report
-from schuss.lab.candidate import DEFAULT_NAMES, Candidate, candidates
+from schuss.lab.candidate import CENTRES, DEFAULT_NAMES, Candidate, around, candidates
 from schuss.lab.compare import Comparison, Run, compare, extended, train
 from schuss.lab.ranking import Goal, Mean, aligned, header, means, rank, remarks, table
+from schuss.lab.recipes import RECIPES
 from schuss.lab.store import Store
 from schuss.lab.workload import Task, Workload
 from schuss.lab.workloads import find
@@ -201,6 +205,48 @@ def test_default_candidates_have_equal_budgets_and_names_of_their_own() -> None:
         assert candidate.build is getattr(module, candidate.name.removeprefix("torch:"))
 
 
+def test_recipes_are_optimizers_of_a_whole_model() -> None:
+    """Who has what, and that nothing else is switched on than their names say."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2))
+    made = {one.name: one.for_model(model, 0.02) for one in candidates(list(RECIPES))}
+    kernel, hidden, head = model[0].weight, model[2].weight, model[4].weight
+    rules = {"Muon+AdamW": (optim.Muon, {kernel, hidden}), "NorMuon+AdamW": (optim.NorMuon, {hidden})}
+    for name, (rule, expected) in rules.items():
+        combined = made[name]
+        assert isinstance(combined, schuss.Combined)
+        own = {type(one): {p for g in one.param_groups for p in g["params"]} for one in combined.optimizers.values()}
+        assert own == {rule: expected, optim.AdamW: set(model.parameters()) - expected}
+        assert {group["lr"] for group in combined.param_groups} == {0.02}
+        assert head not in own[rule]
+    assert isinstance(made["Lookahead+AdamW"], schuss.Lookahead)
+    assert type(made["Cautious+AdamW"]) is optim.AdamW
+    assert type(made["AMSGrad"]) is optim.Adam
+    assert [group["amsgrad"] for group in made["AMSGrad"].param_groups] == [True]
+    p, q = (nn.Parameter(torch.tensor([1.0, 1.0])) for _ in range(2))
+    for name, parameter in (("Cautious+AdamW", p), ("AdamW", q)):
+        [one] = candidates([name])
+        optimizer = one.optimizer([parameter], 0.1)
+        for gradient in ([1.0, 1.0], [-0.1, 1.0]):  # the first turns, its momentum does not
+            parameter.grad, before = torch.tensor(gradient), parameter.detach().clone()
+            optimizer.step()
+        moved = (parameter.detach() - before * (1 - 0.1 * 0.01)).abs() > 1e-6
+        assert moved.tolist() == [name == "AdamW", True]
+
+
+def test_a_recipe_that_needs_a_model_refuses_one_without_hidden_matrices() -> None:
+    with pytest.raises(ValueError, match=r"^Muon\+AdamW cannot train the plane workload: .* has no hidden matrix"):
+        compare(small.plane, ["Muon+AdamW"])
+
+
+def test_five_rates_round_a_centre() -> None:
+    assert [around(0.01, n) for n in (1, 3, 5)] == [(0.01,), (0.003, 0.01, 0.03), (0.001, 0.003, 0.01, 0.03, 0.1)]
+
+
+def test_every_rule_has_a_centre() -> None:
+    pairs = {optim.Muon, optim.NorMuon}
+    assert set(CENTRES) == {rule.__name__ for rule in optim.RULES if rule not in pairs} | set(RECIPES)
+
+
 def test_lrs_replace_the_grid_sorted_and_once_each() -> None:
     [candidate] = candidates(["torch:AdamW", "torch:AdamW"], [0.1, 0.01, 0.1])
     assert candidate.lrs == (0.01, 0.1)
@@ -318,6 +364,39 @@ def test_a_learning_rate_at_which_any_seed_diverged_or_failed_is_not_the_best() 
         assert standing.best.lr == 0.1
         assert [trial.finished for trial in standing.trials] == [True, False]
         assert standing.failed is None
+
+
+def test_ranked_on_seeds_from_which_no_rate_was_chosen() -> None:
+    """A is better where rates are chosen, B elsewhere; at a rate that was not chosen a run does not count."""
+    chosen = {"A": ((0.1, 0.9), (0.2, 0.8)), "B": ((0.1, 0.6), (0.2, 0.7))}
+    runs = [made(name, lr, at - 0.01 * i, seed=i) for name in "AB" for lr, at in chosen[name] for i in range(2)]
+    others = [made("A", 0.1, 0.80 + 0.01 * i, seed=i) for i in (2, 3, 4)]
+    others += [made("B", 0.2, 0.85 + 0.01 * i, seed=i) for i in (2, 3, 4)]
+    stray = [made("B", 0.1, 1.0, seed=i) for i in (2, 3, 4)]
+    before = rank([*runs, *others[:-1], *stray], ACCURACY, range(2, 5))  # one is missing
+    assert [(s.optimizer, s.best.lr, s.confirmed) for s in before] == [("A", 0.1, False), ("B", 0.2, False)]
+    assert before[0].best.score.value == pytest.approx(0.895)
+    after = rank([*runs, *others, *stray], ACCURACY, range(2, 5))
+    assert [(s.optimizer, s.best.lr, s.confirmed) for s in after] == [("B", 0.2, True), ("A", 0.1, True)]
+    assert [s.best.score.value for s in after] == pytest.approx([0.88, 0.83])
+    assert [s.edge for s in after] == ["largest", "smallest"]
+    # Differences of 0.05 each, but for the rounding of scores in steps of 0.01: t = 0.05 / sqrt(0.01² / 6 / 3).
+    t = 0.05 / math.sqrt(0.01**2 / 18)
+    assert after[1].p == pytest.approx(2 * stats.t.sf(t, 2))
+    assert remarks(after)[0] == "Learning rates were chosen from other seeds than those that are shown, 2, 3, 4."
+    assert [trial.runs[0].seed for trial in after[0].every] == [0, 0, 2]
+
+
+def test_one_that_fails_only_where_it_is_to_be_confirmed() -> None:
+    runs = [made("A", lr, 0.9, seed=i) for lr in (0.1, 0.2) for i in range(2)]
+    for last, word in ((made("A", 0.1, 0.9, seed=2, loss=math.nan), "Diverged"), (failed_run(2), "failed")):
+        [standing] = rank([*runs, last], ACCURACY, [2])
+        assert (standing.best.finished, standing.best.lr, standing.edge is None) == (False, 0.1, word == "failed")
+        assert any(word in line for line in remarks([standing]))
+
+
+def failed_run(seed: int) -> Run:
+    return Run.failed("digits", "A", 0.1, seed, "no")
 
 
 @pytest.mark.parametrize(
@@ -474,6 +553,46 @@ def test_an_optimizer_that_diverges_everywhere_is_tried_at_smaller_rates_and_sho
     assert first.optimizer == "Lion"
 
 
+def test_the_best_rates_are_confirmed_from_other_seeds() -> None:
+    plain, comparison = compare(small.plane, **SMALL, extend=0), compare(small.plane, **SMALL, extend=0, confirm=3)
+    assert list(comparison.confirming) == [2, 3, 4]
+    assert len(comparison.runs) == comparison.total == 2 * 2 * 2 + 2 * 3
+    assert numbers(plain)["runs"] == [run for run in numbers(comparison)["runs"] if int(run["seed"]) < 2]
+    [result], [before] = comparison.results, plain.results
+    chosen = {s.optimizer: s.best.lr for s in before.standings}
+    [candidate] = candidates(["AdamW"])
+    for standing in result.standings:
+        assert (standing.confirmed, standing.best.lr) == (True, chosen[standing.optimizer])
+        assert [run.seed for run in standing.best.runs] == [2, 3, 4]
+        assert [len(trial.runs) for trial in standing.trials] == [2, 2]
+    [adamw] = [s for s in result.standings if s.optimizer == "AdamW"]
+    direct = [train(comparison.workloads[0], candidate, adamw.best.lr, seed=seed) for seed in (2, 3, 4)]
+    assert adamw.best.score == Mean.of([run.test[result.goal.metric][-1] for run in direct])
+    rows = [row for row in report.standing_rows(comparison) if row["optimizer"] == "AdamW"]
+    assert [(row["best"], row["confirmed"], row["runs"]) for row in rows if row["best"]] == [
+        (True, False, 2),
+        (True, True, 3),
+    ]
+    assert "from other seeds than are shown" in report.to_html(comparison)
+    assert "2 seeds and 3 to confirm" in report.to_html(comparison)
+
+
+def test_a_confirmation_that_is_interrupted_ranks_by_the_other_seeds_and_goes_on() -> None:
+    whole = compare(small.plane, **SMALL, extend=0, confirm=2)
+    comparison = Comparison(small.plane, **SMALL, confirm=2, epochs=None, warmup=0.0, extend=0, threads=None)
+
+    def stop(run: Run, done: int, total: int) -> None:
+        if done == 10:
+            raise KeyboardInterrupt
+
+    comparison.run(on_run=stop)
+    assert (len(comparison.runs), comparison.total, comparison.interrupted) == (10, 12, True)
+    assert [standing.confirmed for standing in comparison.results[0].standings] == [False, False]
+    assert comparison.remarks[0].startswith("Interrupted: 10 of 12 runs")
+    assert "chosen from the seeds that are shown" in comparison.remarks[1]
+    assert numbers(comparison.run()) == numbers(whole)
+
+
 def test_several_workloads_and_their_profile() -> None:
     comparison = compare([small.plane, small.ravine, "quadratic_deep"], **SMALL, epochs=2)
     assert [result.goal.workload for result in comparison.results] == ["plane", "ravine", "quadratic_deep"]
@@ -516,7 +635,7 @@ def test_runs_that_raise_are_marked_and_the_others_go_on() -> None:
 )  # fmt: skip
 def test_an_optimizer_that_cannot_train_the_workload_is_said_before_the_first_run(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        Comparison(small.plane, [name])
+        compare(small.plane, [name])
     comparison = compare(small.plane, [name, "torch:SGD"], lrs=[0.1], seeds=1)
     assert (comparison.results[0].standings[1].failed or "").startswith(message)
     assert comparison.results[0].standings[0].best.finished
@@ -551,6 +670,7 @@ def raising(*_: object) -> Any:
         ({"workloads": []}, "at least one workload is needed"),
         ({"workloads": [small.plane, Workload("plane", "", small.ravine)]}, "two workloads are called 'plane'"),
         ({"seeds": 0}, "seeds must be a count of at least 1 or integers in [0, inf), got 0"),
+        ({"confirm": -1}, "compare: confirm must be an integer in [0, inf), got -1"),
         ({"seeds": [1, -1]}, "seeds must be a count of at least 1 or integers in [0, inf), got [1, -1]"),
         ({"epochs": 0}, "compare: epochs must be an integer in [1, inf), got 0"),
         ({"extend": -1}, "compare: extend must be an integer in [0, inf), got -1"),

@@ -37,7 +37,7 @@ def synthetic(
     comparison = Comparison(
         [Workload(name, about, small.plane) for name, about in workloads.items()],
         [Candidate(name, small.Seen, LRS) for name in optimizers],
-        seeds=seeds, epochs=1,
+        lrs=None, seeds=seeds, confirm=0, epochs=1, warmup=0.0, extend=2, threads=None,
     )  # fmt: skip
     rng = np.random.default_rng(0)
     runs = comparison._runs

@@ -81,6 +81,14 @@ def compare(
         typer.Option(help="Initial learning rates for all optimizers, separated by commas. Default: a grid for each."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="A count (3 means seeds 0, 1 and 2) or a list (0,7 or 7,).")] = "3",
+    confirm: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Seeds more that each optimizer is trained from at its best learning rate. If there are any, the "
+            "ranking is on these alone.",
+        ),
+    ] = 0,
     epochs: Annotated[
         int | None,
         typer.Option(
@@ -115,8 +123,8 @@ def compare(
     with bad_values():
         try:
             complete = command.compare(
-                workloads=workload, optimizers=optimizers, lrs=lrs, seeds=seeds, epochs=epochs, warmup=warmup,
-                extend=extend, jobs=jobs, threads=threads, out=out, store=store, tensorboard=tensorboard,
+                workloads=workload, optimizers=optimizers, lrs=lrs, seeds=seeds, confirm=confirm, epochs=epochs,
+                warmup=warmup, extend=extend, jobs=jobs, threads=threads, out=out, store=store, tensorboard=tensorboard,
                 show=typer.echo,
             )  # fmt: skip
         except OSError as error:
@@ -199,7 +207,7 @@ def find_learning_rate(
         torch.manual_seed(seed)
         task = chosen(seed)
         try:
-            made = entrant.optimizer(task.model.parameters(), 1.0)
+            made = entrant.for_model(task.model, 1.0)
             found = find_lr(
                 task.model, made, task.batches, lambda model, batch: task.loss(model, batch),
                 low=low, high=high, steps=steps, rule=rule,

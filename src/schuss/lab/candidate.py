@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,17 +20,15 @@ DEFAULT_NAMES = ("torch:AdamW", "SGD", "Adam", "AdamW", "RAdam", "NAdam", "ADOPT
 # Plain SGD is hardly ever what one means by SGD on a neural network.
 ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"SGD": {"momentum": 0.9, "nesterov": True}}
 
-# About a factor of three apart, with the best on digits in the middle. A class that is not listed gets its default lr
-# and two neighbours: everyone gets three, so that nobody wins by a larger budget.
-GRIDS: Mapping[str, tuple[float, ...]] = {
-    "SGD": (0.03, 0.1, 0.3),
-    "Adam": (0.003, 0.01, 0.03),
-    "AdamW": (0.003, 0.01, 0.03),
-    "NAdam": (0.003, 0.01, 0.03),
-    "RAdam": (0.03, 0.1, 0.3),
-    "ADOPT": (0.003, 0.01, 0.03),
-    "Lion": (0.003, 0.01, 0.03),
-}
+CENTRES: Mapping[str, float] = {
+    "SGD": 0.1, "Adagrad": 0.03, "Adadelta": 1.0, "RMSprop": 0.003, "Adam": 0.01, "AMSGrad": 0.01, "AdamW": 0.01,
+    "NAdam": 0.01, "RAdam": 0.1, "Adamax": 0.01, "ASGD": 0.3, "Rprop": 0.001, "ADOPT": 0.01, "Lion": 0.01,
+    "NAdamW": 0.01, "AdaBelief": 0.01, "Adan": 0.01, "AdEMAMix": 0.01, "LaProp": 0.01, "Signum": 0.003,
+    "ScheduleFreeSGD": 1.0, "ScheduleFreeAdamW": 0.01, "ScheduleFreeRAdam": 0.03, "LARS": 3.0, "LAMB": 0.03,
+    "StableAdamW": 0.01, "MARS": 0.01, "Prodigy": 0.3, "Adafactor": 0.1, "SOAP": 0.01, "Shampoo": 0.01,
+    "Muon+AdamW": 0.01, "NorMuon+AdamW": 0.01, "Lookahead+AdamW": 0.01, "Cautious+AdamW": 0.01,
+}  # fmt: skip
+"""The best learning rate on digits and two small networks more, to the next 1 or 3; elsewhere it is another one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ class Candidate:
 def candidates(
     optimizers: Sequence[str | Candidate | Callable[..., torch.optim.Optimizer]], lrs: Sequence[float] | None = None
 ) -> list[Candidate]:
-    """Look up optimizers: `AdamW` is that of `schuss.optim`, `torch:AdamW` of `torch.optim`, `module:Class` anybody's.
+    """Look up optimizers: `AdamW` is schuss's, `torch:AdamW` torch's, `module:Class` anybody's, `AMSGrad` a recipe.
 
     Args:
         optimizers: at least one; names, classes or functions (see `Candidate.build`), and candidates as they are. A
@@ -124,7 +122,9 @@ def _candidate(
         known_as = [name for name, cls in known.items() if cls is one]
         name, build = known_as[0] if known_as else getattr(one, "__name__", type(one).__name__), one
     base = name.removeprefix("torch:")
-    return Candidate(name, build, grid or GRIDS.get(base) or _around_default(name, build), ARGUMENTS.get(base, {}))
+    if grid is None:
+        grid = around(CENTRES[base] if base in CENTRES else _default(name, build))
+    return Candidate(name, build, grid, ARGUMENTS.get(base, {}))
 
 
 def _found(name: str, known: Mapping[str, Any]) -> Any:
@@ -139,7 +139,13 @@ def _found(name: str, known: Mapping[str, Any]) -> Any:
     return build
 
 
-def _around_default(name: str, build: Callable[..., Any]) -> tuple[float, ...]:
+def around(centre: float, count: Literal[1, 3, 5] = 3) -> tuple[float, ...]:
+    """So many learning rates, about a factor of three apart. Everyone gets as many: none is to win by its budget."""
+    factors = (0.1, 1 / 3, 1, 3, 10)[(5 - count) // 2 : (5 + count) // 2]
+    return tuple(float(f"{centre * factor:.1g}") for factor in factors)
+
+
+def _default(name: str, build: Callable[..., Any]) -> float:
     lr = getattr(_parameters(build).get("lr"), "default", None)
     try:
         default = bounds.number(lr)
@@ -147,7 +153,7 @@ def _around_default(name: str, build: Callable[..., Any]) -> tuple[float, ...]:
             raise ValueError
     except (TypeError, ValueError):  # none, or none that is a number
         raise ValueError(f"{name} has no default learning rate: give some, as in --lrs 0.001,0.003,0.01") from None
-    return tuple(float(f"{default * factor:.1g}") for factor in (1 / 3, 1, 3))
+    return default
 
 
 def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -157,11 +163,13 @@ def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _known() -> Iterator[tuple[str, type]]:
+def _known() -> Iterator[tuple[str, Callable[..., Any]]]:
     from schuss import optim
+    from schuss.lab.recipes import RECIPES
 
     yield from _optimizers(optim, "")
     yield from _optimizers(torch.optim, "torch:")
+    yield from RECIPES.items()
 
 
 def _optimizers(module: ModuleType, prefix: str) -> Iterator[tuple[str, type]]:

@@ -21,6 +21,7 @@ def compare(
     optimizers: Sequence[str] | None,
     lrs: str | None,
     seeds: str,
+    confirm: int,
     epochs: int | None,
     warmup: float,
     extend: int,
@@ -49,8 +50,8 @@ def compare(
     names = ["digits"] if workloads is None else _split(",".join(workloads))
     entrants = list(DEFAULT_NAMES) if optimizers is None else _split(",".join(optimizers))
     comparison = Comparison(
-        names, entrants, lrs=None if lrs is None else _learning_rates(lrs), seeds=_seeds(seeds), epochs=epochs,
-        warmup=warmup, extend=extend, threads=threads,
+        names, entrants, lrs=None if lrs is None else _learning_rates(lrs), seeds=_seeds(seeds), confirm=confirm,
+        epochs=epochs, warmup=warmup, extend=extend, threads=threads,
     )  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -80,6 +81,7 @@ def compare(
     words += ["--epochs", str(epochs)] if epochs is not None else []
     words += ["--warmup", f"{warmup:g}"] if warmup else []
     words += ["--extend", str(extend)] if extend != 2 else []
+    words += ["--confirm", str(confirm)] if confirm else []
     words += ["--seeds", seeds, "--threads", str(threads)]
     page, *numbers = report.save(comparison, out, command=shlex.join(words), tensorboard=tensorboard)
     events = numbers.pop() if tensorboard else None

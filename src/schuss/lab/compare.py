@@ -50,6 +50,7 @@ class Comparison:
         workloads: what is trained.
         candidates: with what.
         seeds: from which seeds.
+        confirming: from which others, once learning rates have been chosen.
         goals: what each workload is judged by, by its name.
         interrupted: whether Ctrl-C ended `run`.
         recalled: how many runs the store had.
@@ -57,26 +58,29 @@ class Comparison:
 
     def __init__(
         self,
-        workloads: Source | Sequence[Source] = "digits",
-        optimizers: Optimizers = DEFAULT_NAMES,
+        workloads: Source | Sequence[Source],
+        optimizers: Optimizers,
         *,
-        lrs: Sequence[float] | None = None,
-        seeds: int | Sequence[int] = 3,
-        epochs: int | None = None,
-        warmup: float = 0.0,
-        extend: int = 2,
-        threads: int | None = None,
+        lrs: Sequence[float] | None,
+        seeds: int | Sequence[int],
+        confirm: int,
+        epochs: int | None,
+        warmup: float,
+        extend: int,
+        threads: int | None,
     ) -> None:
         self.candidates = candidates([optimizers] if isinstance(optimizers, str) else list(optimizers), lrs)
         self.workloads = _workloads(workloads)
         self.seeds = _seeds(seeds)
         self.epochs, self.warmup, self.extend = epochs, warmup, extend
         self.threads = torch.get_num_threads() if threads is None else threads
-        for name, value, low in (("epochs", epochs, 1), ("extend", extend, 0), ("threads", self.threads, 1)):
+        whole = ("confirm", confirm, 0), ("epochs", epochs, 1), ("extend", extend, 0), ("threads", self.threads, 1)
+        for name, value, low in whole:
             if value is not None and not (isinstance(value, int) and value >= low):
                 raise ValueError(f"compare: {name} must be an integer in [{low}, inf), got {value!r}")
         if not 0 <= warmup < 1:
             raise ValueError(f"compare: warmup must be in [0, 1), got {warmup!r}")
+        self.confirming = range(max(self.seeds) + 1, max(self.seeds) + 1 + confirm)
         self.interrupted, self.recalled = False, 0
         self._runs: dict[Key, Run] = {}
         # Learning rates may be added to.
@@ -145,7 +149,7 @@ class Comparison:
     @property
     def total(self) -> int:
         """How many runs there will be, unless a grid is extended."""
-        return len(self.seeds) * sum(map(len, self._grids.values()))
+        return len(self.seeds) * sum(map(len, self._grids.values())) + len(self.confirming) * len(self._grids)
 
     @property
     def runs(self) -> list[Run]:
@@ -155,7 +159,7 @@ class Comparison:
             for workload in self.workloads
             for candidate in self.candidates
             for lr in self._grids[workload.name, candidate.name]
-            for seed in self.seeds
+            for seed in (*self.seeds, *self.confirming)
         )
         return [self._runs[key] for key in keys if key in self._runs]
 
@@ -164,7 +168,7 @@ class Comparison:
         """The ranking on each workload on which a run has ended."""
         runs = self.runs
         return [
-            Result(goal, tuple(rank(there, goal)))
+            Result(goal, tuple(rank(there, goal, self.confirming)))
             for name, goal in self.goals.items()
             if (there := [run for run in runs if run.workload == name])
         ]
@@ -194,6 +198,8 @@ class Comparison:
         if len(self._runs) < self.total:
             how = "Interrupted" if self.interrupted else "Unfinished"
             lines.append(f"{how}: {len(self._runs)} of {self.total} runs; means are over the seeds that are there.")
+            if self.confirming:
+                lines.append("Learning rates are chosen from the seeds that are shown, but where it is said otherwise.")
         return lines
 
     def __str__(self) -> str:
@@ -240,7 +246,11 @@ class Comparison:
         return report.save(self, Path(folder), command=command, tensorboard=tensorboard)
 
     def _missing(self) -> list[tuple[Workload, Candidate, float, int]]:
-        """Runs that have not been made; optimizers alternate, so that a machine that slows down slows all of them."""
+        """Runs that have not been made; optimizers alternate, so that a machine that slows down slows all of them.
+
+        Those that confirm are known when all others are there. They go seed by seed: every one that has ended is as
+        good as a comparison that had no more.
+        """
         missing = []
         for workload in self.workloads:
             columns = [[(c, lr) for lr in self._grids[workload.name, c.name]] for c in self.candidates]
@@ -251,7 +261,16 @@ class Comparison:
                 for candidate, lr in pairs
                 if (workload.name, candidate.name, lr, seed) not in self._runs
             ]
-        return missing
+        if missing or not self.confirming:
+            return missing
+        candidates, workloads = {c.name: c for c in self.candidates}, {w.name: w for w in self.workloads}
+        return [
+            (workloads[result.goal.workload], candidates[standing.optimizer], standing.best.lr, seed)
+            for seed in self.confirming
+            for result in self.results
+            for standing in result.standings
+            if (result.goal.workload, standing.optimizer, standing.best.lr, seed) not in self._runs
+        ]
 
     def _made(
         self, missing: Sequence[tuple[Workload, Candidate, float, int]], store: Store | None, pool: Pool[Run] | None
@@ -304,6 +323,7 @@ def compare(
     *,
     lrs: Sequence[float] | None = None,
     seeds: int | Sequence[int] = 3,
+    confirm: int = 0,
     epochs: int | None = None,
     warmup: float = 0.0,
     extend: int = 2,
@@ -325,6 +345,8 @@ def compare(
             functions and `Candidate`s.
         lrs: learning rates in (0, inf) for all, instead of a grid for each.
         seeds: a count, or the seeds.
+        confirm: how many seeds more each optimizer is then trained from at its best learning rate, in [0, inf). If
+            there are any, the ranking is on these alone: scores by which a rate was chosen are a little too good.
         epochs: of a run, in [1, inf); None: as many as the workload says.
         warmup: share of a run in which the learning rate rises first, in [0, 1).
         extend: how many learning rates a grid may get beyond its edges, in [0, inf).
@@ -338,8 +360,9 @@ def compare(
         OSError: the store cannot be used.
     """
     made = Comparison(
-        workloads, optimizers, lrs=lrs, seeds=seeds, epochs=epochs, warmup=warmup, extend=extend, threads=threads
-    )
+        workloads, optimizers, lrs=lrs, seeds=seeds, confirm=confirm, epochs=epochs, warmup=warmup, extend=extend,
+        threads=threads,
+    )  # fmt: skip
     return made.run(jobs=jobs, store=store, on_run=on_run)
 
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -163,8 +163,8 @@ class Standing:
 
     Args:
         rank: from 1.
-        best: its best trial.
-        trials: all of them, by rising learning rate.
+        best: its best trial, or one at its learning rate on seeds from which none was chosen.
+        trials: all that it was chosen from, by rising learning rate.
         p: that it is as good as the first, corrected for all comparisons: see `evidence.against_the_best`. None for the
             first, with less than two seeds, and if a run of the best trial has not finished.
     """
@@ -179,42 +179,71 @@ class Standing:
         return self.best.optimizer
 
     @property
+    def confirmed(self) -> bool:
+        """Whether the best trial is on seeds of its own."""
+        return all(trial is not self.best for trial in self.trials)
+
+    @property
+    def every(self) -> tuple[Trial, ...]:
+        """The trials, and the best one if it is none of them."""
+        return (*self.trials, self.best) if self.confirmed else self.trials
+
+    def is_best(self, trial: Trial) -> bool:
+        """Whether a trial is at the learning rate that was chosen."""
+        return trial.lr == self.best.lr
+
+    @property
     def tied(self) -> bool:
         """Whether it has been held against the first and cannot be told apart from it."""
         return self.p is not None and self.p >= LEVEL
 
     @property
     def failed(self) -> str | None:
-        """The first message, if no trial has finished and a run raised."""
+        """The first message, if a run raised and so the best trial has not finished."""
         if self.best.finished:
             return None
-        return next((run.error for trial in self.trials for run in trial.runs if run.error is not None), None)
+        return next((run.error for trial in self.every for run in trial.runs if run.error is not None), None)
 
     @property
     def edge(self) -> Literal["smallest", "largest"] | None:
         """Which end of the grid the best learning rate is, beyond which a better one may lie."""
         if len(self.trials) == 1 or self.failed is not None:
             return None
-        if not self.best.finished:  # it diverged at all of them
+        if not any(trial.finished for trial in self.trials):  # it diverged at all of them
             return "smallest"
-        if self.best is self.trials[0]:
+        if self.is_best(self.trials[0]):
             return "smallest"
-        return "largest" if self.best is self.trials[-1] else None
+        return "largest" if self.is_best(self.trials[-1]) else None
 
 
-def rank(runs: Iterable[Run], goal: Goal) -> list[Standing]:
+def rank(runs: Iterable[Run], goal: Goal, confirming: Collection[int] = ()) -> list[Standing]:
     """Rank optimizers by the final metric at their best learning rate, ties by test loss.
 
     A learning rate at which a run diverged or failed comes after all at which none did.
+
+    Args:
+        runs: on one workload.
+        goal: of this workload.
+        confirming: seeds from which no learning rate is chosen. Once all optimizers have been trained from all of them
+            at the rate that was chosen from the others, the ranking is on these alone.
     """
     groups: dict[str, dict[float, list[Run]]] = {}
+    others: dict[tuple[str, float], list[Run]] = {}
     for run in runs:
-        groups.setdefault(run.optimizer, {}).setdefault(run.lr, []).append(run)
+        if run.seed in confirming:
+            others.setdefault((run.optimizer, run.lr), []).append(run)
+        else:
+            groups.setdefault(run.optimizer, {}).setdefault(run.lr, []).append(run)
     trials = [
         tuple(Trial(goal, optimizer, lr, tuple(group)) for lr, group in sorted(by_lr.items()))
         for optimizer, by_lr in groups.items()
     ]
     best = [(max(group, key=lambda trial: trial.merit), group) for group in trials]
+    confirmed = [others.get((trial.optimizer, trial.lr), []) for trial, _ in best]
+    if confirming and all(len(there) == len(confirming) for there in confirmed):
+        best = [
+            (replace(trial, runs=tuple(there)), group) for (trial, group), there in zip(best, confirmed, strict=True)
+        ]
     best.sort(key=lambda pair: pair[0].merit, reverse=True)
     return _tested([Standing(i, trial, group) for i, (trial, group) in enumerate(best, start=1)])
 
@@ -232,7 +261,7 @@ def _tested(standings: list[Standing]) -> list[Standing]:
     every = [
         goal.score(run)
         for standing in standings
-        for trial in standing.trials
+        for trial in standing.every
         for run in trial.runs
         if goal.status(run) == "finished"
     ]
@@ -334,6 +363,9 @@ def remarks(standings: Sequence[Standing]) -> list[str]:
         return []
     goal, first = standings[0].best.goal, standings[0]
     lines = []
+    if first.confirmed:
+        seeds = listed([str(run.seed) for run in first.best.runs])
+        lines.append(f"Learning rates were chosen from other seeds than those that are shown, {seeds}.")
     tested = [standing for standing in standings if standing.p is not None]
     test = f"by a paired t test over seeds, corrected for all pairs, at {100 * LEVEL:g} %"
     if near := [standing.optimizer for standing in tested if standing.tied]:
@@ -348,12 +380,12 @@ def remarks(standings: Sequence[Standing]) -> list[str]:
     if more := [f"{s.optimizer} ({len(s.trials)})" for s in standings if len(s.trials) > fewest]:
         lines.append(f"Larger budgets, learning rates where others got {fewest}: {listed(more)}.")
     for word in ("Diverged", "Failed"):
-        trials = [trial for s in standings if s.failed is None for trial in s.trials if trial.count(word.lower())]
+        trials = [trial for s in standings if s.failed is None for trial in s.every if trial.count(word.lower())]
         if trials:
             cases = [f"{t.optimizer} at lr {t.lr:g} ({t.count(word.lower())} of {len(t.runs)} runs)" for t in trials]
             lines.append(f"{word}: {listed(cases)}.")
     lines += [f"{standing.optimizer} failed: {standing.failed}" for standing in standings if standing.failed]
-    if not any(trial.reached for standing in standings for trial in standing.trials):
+    if not any(trial.reached for standing in standings for trial in standing.every):
         lines.append(f"No run has reached the target, {goal.aim}: take more --epochs, or another target.")
     return lines
 

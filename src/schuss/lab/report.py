@@ -90,6 +90,7 @@ def _standing(standing: Standing) -> dict[str, Any]:
         "best": _trial(standing.best),
         "p": standing.p,
         "tied": standing.tied,
+        "confirmed": standing.confirmed,
         "edge": standing.edge,
         "error": standing.failed,
         "trials": [_trial(trial) for trial in standing.trials],
@@ -112,18 +113,22 @@ def _trial(trial: Trial) -> dict[str, Any]:
 
 
 def standing_rows(comparison: "Comparison") -> Iterable[dict[str, Any]]:
-    """A row for each optimizer and learning rate on each workload; `best` marks the one that it stands at."""
+    """A row for each optimizer and learning rate on each workload; `best` marks the one that it stands at.
+
+    And one more with `confirmed` where it stands there on seeds of its own.
+    """
     scores = {cost: comparison.profile(cost) for cost in ("steps", "seconds")}
     for result in comparison.results:
         for standing in result.standings:
-            for trial in standing.trials:
+            for trial in standing.every:
                 cells = _trial(trial)
                 finals = cells.pop("final")
                 yield {
                     "workload": result.goal.workload,
                     "rank": standing.rank,
                     "optimizer": standing.optimizer,
-                    "best": trial is standing.best,
+                    "best": standing.is_best(trial),
+                    "confirmed": standing.confirmed and trial is standing.best,
                     "p": standing.p if trial is standing.best else None,
                     **cells,
                     **{f"{name}_{part}": v for name, mean in finals.items() for part, v in mean.items()},
@@ -223,6 +228,7 @@ def to_html(
     entrants = [standing.optimizer for standing in results[0].standings] if results else []
     order = [row[1] for row in comparison.scores()[1]] if several else entrants
     made = f"{len(comparison.runs)} runs, {_count(len(comparison.seeds), 'seed')}"
+    made += f" and {len(comparison.confirming)} to confirm" if comparison.confirming else ""
     return filled(
         "schuss.lab",
         "report.html",
@@ -237,9 +243,10 @@ def to_html(
             f'title="Double click, or Shift with a click or Enter: this one only">{named(numbers[name], name)}</button>'
             for name in order
         ),
-        spread="" if len(comparison.seeds) > 1 else "hidden",
+        spread="" if max(len(comparison.seeds), len(comparison.confirming)) > 1 else "hidden",
         scores=_scores(comparison, figures[:1], numbers) if several else "",
         sections="".join(sections),
+        chosen="from other seeds than are shown" if comparison.confirming else "for all alike",
         files=_links(files, folder),
         command=escape(command),
         versions=escape(", ".join(f"{name} {version}" for name, version in _versions(comparison).items())),
@@ -464,7 +471,7 @@ def _rates(
                 "x": [trial.lr for trial in finished], "y": [scale * mean.value for mean in finals],
                 "error_y": {"array": [scale * mean.error for mean in finals], "thickness": 1.2, "width": 3},
                 "marker": {
-                    "size": [12 if trial is standing.best else 6 for trial in finished],
+                    "size": [12 if standing.is_best(trial) else 6 for trial in finished],
                     "opacity": 1, "line": {"width": 0},  # Plotly's own for sizes that differ is see-through
                 },
                 "customdata": [f" ± {scale * m.error:.2g}" if math.isfinite(m.error) else "" for m in finals],
