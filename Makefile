@@ -34,8 +34,8 @@ TRITON := triton==3.7.1
 lock:
 	rm -rf .venv-lock
 	$(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/pip install --quiet '$(TRITON)' $(if $(UPGRADE),,--constraint requirements.lock) --editable '.[lab,dev]'
-	{ echo '# Written by `make lock` for `pip install -r`; the packages of .[lab,dev] and all that they need.'; \
+	.venv-lock/bin/pip install --quiet '$(TRITON)' $(if $(UPGRADE),,--constraint requirements.lock) --editable '.[lab,print,dev]'
+	{ echo '# Written by `make lock` for `pip install -r`; the packages of .[lab,print,dev] and all that they need.'; \
 	  .venv-lock/bin/pip freeze --all --exclude pip --exclude-editable \
 	  | sed -E -e '/^(nvidia|cuda)\b/d' -e 's/^(torch==[^+]*)\+.*/\1/' -e "s/^triton==.*/&; platform_system == 'Linux'/"; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
