@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
 import schuss
+from browser import look
 from schuss import find_lr, optim
 from schuss.cli import app, main
 from schuss.lab.find_lr import RULES, RangeTest
@@ -652,6 +653,32 @@ def test_results_are_printed_and_saved(tmp_path: Path) -> None:
     assert [trace.name.split()[0] for trace in found.plot().data] == ["loss", "smoothed", *RULES]
     with pytest.raises(ValueError, match=r"save: path must end in .html, .csv, .json, .png, got .*a.svg"):
         found.save(tmp_path / "a.svg")
+
+
+@pytest.mark.parametrize(
+    ("width", "theme", "colour"), [(375, "dark", "rgb(228, 232, 238)"), (1200, "light", "rgb(30, 36, 48)")]
+)
+def test_the_page_in_a_browser(tmp_path: Path, width: int, theme: str, colour: str) -> None:
+    model, loader, loss, _ = least_squares(0)
+    found = find_lr(model, torch.optim.SGD(model.parameters(), lr=0.1), loader, loss)
+    page = found.save(tmp_path / "page.html", title="<b>&")
+    script = """
+      await wait(300);
+      const plot = doc.getElementById("curve"), box = plot.getBoundingClientRect();
+      const chosen = doc.querySelector("tr.chosen").cells;
+      return {title: doc.title, width: box.right, all: doc.documentElement.scrollWidth,
+              rules: doc.querySelectorAll("tbody tr").length, points: plot.data[1].x.length,
+              chosen: [chosen[0].textContent, chosen[1].textContent],
+              markers: plot.data.filter(t => t.mode === "markers").length,
+              colour: win.getComputedStyle(doc.body).color};"""
+    seen = look(page, script, width=width, theme=theme)
+    assert seen["title"] == "<b>&"
+    assert seen["width"] <= width
+    assert seen["all"] <= width
+    assert (seen["rules"], seen["points"]) == (len(RULES), len(found.smoothed))
+    assert seen["markers"] == sum(lr is not None for lr in found.suggestions.values())
+    assert seen["chosen"] == ["minimum", f"{found.lr:.3g}"]
+    assert seen["colour"] == colour
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
+import schuss
 from schuss import optim
 from schuss.cli import app, main
 from schuss.lab.candidate import candidates
@@ -592,6 +593,7 @@ def test_mistakes_are_told(arguments: dict[str, Any], message: str) -> None:
         ("Lion", {}),
         ("torch:RMSprop", {"centered": True}),
         ("ScheduleFreeAdamW", {"warmup_steps": 2}),
+        ("AMSGrad", {}),
     ],
 )
 def test_the_line_builds_the_optimizer_that_was_trained(name: str, fixed: dict[str, Any]) -> None:
@@ -599,7 +601,7 @@ def test_the_line_builds_the_optimizer_that_was_trained(name: str, fixed: dict[s
     names = [*space(candidate.build, trials=50, arguments=candidate.arguments).ranges]
     tuned = tune(bowls(1), name, trials=3, seeds=0, settings=fixed, names=names, extend=0)
     params = [nn.Parameter(torch.ones(1))]
-    built = eval(tuned.line, {"optim": optim, "torch": torch, "params": params})
+    built = eval(tuned.line, {"optim": optim, "schuss": schuss, "torch": torch, "params": params})
     rest = {key: value for key, value in tuned.best.arguments.items() if key != "lr"}
     expected = replace(candidate, arguments=rest).for_model(nn.ParameterList(params), tuned.best.arguments["lr"])
     assert type(built) is type(expected)

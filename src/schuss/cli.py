@@ -194,7 +194,7 @@ def find_learning_rate(
     from rich.console import Console
 
     from schuss.lab.candidate import candidates
-    from schuss.lab.find_lr import SUFFIXES, find_lr
+    from schuss.lab.find_lr import SUFFIXES, TITLE, find_lr
     from schuss.lab.workloads import find
 
     torch.set_num_threads(threads)
@@ -223,7 +223,7 @@ def find_learning_rate(
     console.print(str(found))
     if out is not None:
         try:
-            found.save(out)
+            found.save(out, title=f"{TITLE}: {optimizer} on {chosen.name}")
         except OSError as error:
             raise typer.BadParameter(f"cannot write {out}: {error.strerror}") from error
         console.print(f"Curve: {out}")

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from schuss import bounds
+from schuss.lab import web
 from schuss.lab.restored import restored
 from schuss.schedules import Schedule
 from schuss.schedules.picture import text
@@ -34,6 +36,7 @@ Curve = NDArray[np.float64]
 Stopped = Literal["high", "diverged", "nonfinite"]
 SUFFIXES = (".html", ".csv", ".json", ".png")
 """Of the files that a result is saved as."""
+TITLE = "Learning-rate range test"
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +101,8 @@ class RangeTest:
         width = max(map(len, RULES))
         lines = []
         for name, lr in self.suggestions.items():
-            summary = (RULES[name].__doc__ or "").split(". ")[0].partition("\n")[0].rstrip(".")
             mark = "*" if name == self.rule else " "
-            lines.append(f"{mark} {name:<{width}}  {'-' if lr is None else format(lr, '.3g'):>9}  {summary}")
+            lines.append(f"{mark} {name:<{width}}  {'-' if lr is None else format(lr, '.3g'):>9}  {_summary(name)}")
         return "\n".join([*lines, self._ending(), *(f"- {line}" for line in self.remarks)])
 
     def _ending(self) -> str:
@@ -142,13 +144,13 @@ class RangeTest:
         finite = [x if math.isfinite(x) else None for x in self.losses]
         figure.add_scatter(x=self.lrs, y=finite, name="loss", mode="lines", line={"color": "#94a3b8", "width": 1})
         figure.add_scatter(x=self.lrs, y=self.smoothed, name="smoothed", mode="lines", line={"color": "#3b82f6"})
-        for (name, lr), colour in zip(self.suggestions.items(), _COLOURS, strict=True):
+        for i, (name, lr) in enumerate(self.suggestions.items()):
             if lr is not None:
                 y = float(np.interp(math.log(lr), np.log(self.lrs[: len(self.smoothed)]), self.smoothed))
                 symbol = "star" if name == self.rule else "circle"
                 figure.add_scatter(
                     x=[lr], y=[y], name=f"{name} {lr:.3g}", mode="markers",
-                    marker={"color": colour, "size": 14 if name == self.rule else 9, "symbol": symbol},
+                    marker={"color": web.colour(i), "size": 14 if name == self.rule else 9, "symbol": symbol},
                 )  # fmt: skip
         figure.update_layout(
             title=self._ending(), xaxis_title="learning rate", yaxis_title="loss after the step",
@@ -178,11 +180,46 @@ class RangeTest:
         )
         return written.getvalue()
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def to_html(self, title: str = TITLE) -> str:
+        """A page that needs no network: the curve, the suggestions and what they are. Needs the lab extra.
+
+        Args:
+            title: of the page, as text.
+
+        Raises:
+            ModuleNotFoundError: Plotly is missing.
+        """
+        figure = self.plot()
+        from schuss.lab.store import versions  # knows packages of the lab, of which Plotly is one
+
+        figure.update_layout(**web.LAYOUT, title=None, showlegend=False, margin={"l": 56, "r": 14, "t": 10, "b": 48})
+        figure.update_traces(marker_line_width=1.5, selector={"mode": "markers"})
+        for axis in (figure.layout.xaxis, figure.layout.yaxis):
+            axis.zeroline = False
+        decades = math.log10(self.lrs[-1] / self.lrs[0]) if len(self.lrs) > 1 else 1.0
+        figure.update_xaxes(web.log_ticks(decades))
+        rows = "".join(
+            f"<tr{' class=chosen' if name == self.rule else ''}><th scope=row>{web.named(i, name)}</th>"
+            f"<td>{'-' if lr is None else format(lr, '.3g')}</td><td>{escape(_summary(name))}</td></tr>"
+            for i, (name, lr) in enumerate(self.suggestions.items())
+        )
+        return web.filled(
+            "schuss.lab",
+            "find_lr.html",
+            title=escape(title),
+            ending=escape(self._ending()),
+            curve=figure.to_html(full_html=False, include_plotlyjs=True, config=dict(web.CONFIG), div_id="curve"),
+            rows=rows,
+            remarks="".join(f"<li>{escape(line)}</li>" for line in self.remarks),
+            versions=escape(", ".join(f"{name} {version}" for name, version in versions().items())),
+        )
+
+    def save(self, path: str | os.PathLike[str], *, title: str = TITLE) -> Path:
         """Write it to a file: .json or .csv, numbers; .html, a page that needs no network; .png.
 
         Args:
             path: whose ending says what is written. A page needs the lab extra, .png also the package kaleido.
+            title: of a page.
 
         Returns:
             The file.
@@ -198,8 +235,7 @@ class RangeTest:
             case ".csv":
                 path.write_text(self.to_csv(), encoding="utf-8")
             case ".html":
-                page = self.plot().to_html(include_plotlyjs=True, config={"displayModeBar": False})
-                path.write_text(page, encoding="utf-8")
+                path.write_text(self.to_html(title), encoding="utf-8")
             case ".png":
                 self.plot().write_image(path)
             case _:
@@ -302,7 +338,11 @@ RULES: dict[str, Callable[[RangeTest], float | None]] = {
     rule.__name__: rule for rule in (minimum, steepest, valley, slide, range_max)
 }
 """Suggestion rules by name."""
-_COLOURS = ("#e5484d", "#16a34a", "#8b5cf6", "#f97316", "#0d9b9b")
+
+
+def _summary(name: str) -> str:
+    """What a rule is, in a line."""
+    return (RULES[name].__doc__ or "").split(". ")[0].partition("\n")[0].rstrip(".")
 
 
 # --- the test itself -------------------------------------------------------------------------------------------------

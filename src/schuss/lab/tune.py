@@ -24,6 +24,7 @@ from sqlalchemy import event
 
 from schuss import bounds
 from schuss.lab.candidate import Candidate, candidates
+from schuss.lab.recipes import RECIPES
 from schuss.lab.restored import restored
 from schuss.lab.run import rehearse, said, train
 from schuss.lab.spaces import GIVEN, Range, Space, space
@@ -807,7 +808,9 @@ def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) ->
 def _call(candidate: Candidate) -> str:
     """How one writes the call in Python, up to the arguments."""
     module, colon, name = candidate.name.rpartition(":")
-    if module == "torch":
+    if candidate.name in RECIPES:
+        module, name = "schuss.lab.recipes", candidate.build.__name__
+    elif module == "torch":
         module = "torch.optim"
     elif not colon and getattr(candidate.build, "__module__", "").startswith("schuss.optim"):
         module = "optim"
