@@ -11,14 +11,12 @@ import torch
 from torch import nn
 
 from schuss import bounds
+from schuss.lab.recipes import ARGUMENTS, RECIPES
 from schuss.lookup import named
 from schuss.wrappers.outer import _chain, _needs_closure
 from schuss.wrappers.sam import SAM
 
 DEFAULT_NAMES = ("torch:AdamW", "SGD", "Adam", "AdamW", "RAdam", "NAdam", "ADOPT", "Lion")
-
-# Plain SGD is hardly ever what one means by SGD on a neural network.
-ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"SGD": {"momentum": 0.9, "nesterov": True}}
 
 CENTRES: Mapping[str, float] = {
     "SGD": 0.1, "Adagrad": 0.03, "Adadelta": 1.0, "RMSprop": 0.003, "Adam": 0.01, "AMSGrad": 0.01, "AdamW": 0.01,
@@ -165,7 +163,6 @@ def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
 
 def _known() -> Iterator[tuple[str, Callable[..., Any]]]:
     from schuss import optim
-    from schuss.lab.recipes import RECIPES
 
     yield from _optimizers(optim, "")
     yield from _optimizers(torch.optim, "torch:")

@@ -36,24 +36,21 @@ def lookahead_adamw(parameters: Iterable[nn.Parameter], lr: float, **settings: A
     return schuss.Lookahead(optim.AdamW(parameters, lr=lr, **settings))
 
 
-def cautious_adamw(parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> torch.optim.Optimizer:
-    """AdamW with `cautious=True`."""
-    return optim.AdamW(parameters, lr=lr, **{"cautious": True} | settings)
-
-
-def amsgrad(parameters: Iterable[nn.Parameter], lr: float, **settings: Any) -> torch.optim.Optimizer:
-    """Adam with `amsgrad=True`."""
-    return optim.Adam(parameters, lr=lr, **{"amsgrad": True} | settings)
-
-
 RECIPES: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "Muon+AdamW": muon_and_adamw,
     "NorMuon+AdamW": normuon_and_adamw,
     "Lookahead+AdamW": lookahead_adamw,
-    "Cautious+AdamW": cautious_adamw,
-    "AMSGrad": amsgrad,
+    "Cautious+AdamW": optim.AdamW,
+    "AMSGrad": optim.Adam,
 }
 """By the names that `schuss compare` takes."""
+
+ARGUMENTS: Mapping[str, Mapping[str, Any]] = {
+    "Cautious+AdamW": {"cautious": True},
+    "AMSGrad": {"amsgrad": True},
+    "SGD": {"momentum": 0.9, "nesterov": True},  # plain SGD is hardly ever what one means by SGD on a neural network
+}
+"""By the same names, and those of classes, of torch too: what they are called with."""
 
 
 def _pair(

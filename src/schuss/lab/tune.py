@@ -809,10 +809,10 @@ def _call(candidate: Candidate) -> str:
     """How one writes the call in Python, up to the arguments."""
     module, colon, name = candidate.name.rpartition(":")
     if candidate.name in RECIPES:
-        module, name = "schuss.lab.recipes", candidate.build.__name__
+        module, name = candidate.build.__module__, candidate.build.__name__
     elif module == "torch":
         module = "torch.optim"
-    elif not colon and getattr(candidate.build, "__module__", "").startswith("schuss.optim"):
+    if not colon and getattr(candidate.build, "__module__", "").startswith("schuss.optim"):
         module = "optim"
     first = "model" if candidate._takes_model else "params"
     return f"{module}.{name}({first}" if module else f"{name}({first}"
