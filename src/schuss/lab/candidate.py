@@ -24,7 +24,7 @@ CENTRES: Mapping[str, float] = {
     "NAdamW": 0.01, "AdaBelief": 0.01, "Adan": 0.01, "AdEMAMix": 0.01, "LaProp": 0.01, "Signum": 0.003,
     "ScheduleFreeSGD": 1.0, "ScheduleFreeAdamW": 0.01, "ScheduleFreeRAdam": 0.03, "LARS": 3.0, "LAMB": 0.03,
     "StableAdamW": 0.01, "MARS": 0.01, "Prodigy": 0.3, "Adafactor": 0.1, "SOAP": 0.01, "Shampoo": 0.01,
-    "Muon+AdamW": 0.01, "NorMuon+AdamW": 0.01, "Lookahead+AdamW": 0.01, "Cautious+AdamW": 0.01,
+    "Muon+AdamW": 0.01, "NorMuon+AdamW": 0.01, "Lookahead+AdamW": 0.01, "Cautious+AdamW": 0.01, "SparseAdam": 0.03,
 }  # fmt: skip
 """The best learning rate on digits and two small networks more, to the next 1 or 3; elsewhere it is another one."""
 
