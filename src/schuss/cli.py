@@ -194,6 +194,7 @@ def find_learning_rate(
     from rich.console import Console
 
     from schuss.lab.candidate import candidates
+    from schuss.lab.check import check
     from schuss.lab.find_lr import SUFFIXES, TITLE, find_lr
     from schuss.lab.workloads import find
 
@@ -202,8 +203,9 @@ def find_learning_rate(
     with bad_values():
         if out is not None and out.suffix not in SUFFIXES:
             raise ValueError(f"--out must end in {', '.join(SUFFIXES)}, got {out}")
-        [entrant] = candidates([optimizer])
+        [entrant] = candidates([optimizer], [1.0])  # so that no default rate is needed
         chosen = find(workload)
+        check(chosen, seed=seed, seconds=0)
         torch.manual_seed(seed)
         task = chosen(seed)
         try:
@@ -283,6 +285,7 @@ def tune(
     from rich.console import Console
 
     from schuss.lab import spaces
+    from schuss.lab.storage import beside
     from schuss.lab.tune import Search
     from schuss.lab.workloads import find
 
@@ -293,7 +296,7 @@ def tune(
             find(workload), optimizer, trials=trials, seeds=seeds, epochs=epochs, rungs=rungs,
             settings=dict(map(_setting, setting or [])), ranges=spaces.limits(limits or []),
             names=None if names is None else names.split(","), sampler=sampler, extend=extend, seed=seed, budget=budget,
-            storage=storage or f"sqlite:///{out / 'tune.db'}", study=study, jobs=jobs,
+            storage=storage or beside(out / "tune.db"), study=study, jobs=jobs,
         )  # fmt: skip
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -312,7 +315,10 @@ def tune(
     search.close()
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(str(found))
-    numbers, rows = found.save(out)
+    try:
+        numbers, rows = found.save(out)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write into {out}: {error.strerror}") from error
     console.print(f"Study: {found.study!r} in {found.storage}\nNumbers: {numbers}, {rows}")
     raise typer.Exit(code or int(not found.ranked))
 
@@ -544,7 +550,7 @@ def schedule(
             "warmup and absolute.",
         ),
     ],
-    steps: Annotated[int, typer.Option(min=1, help="Steps to draw, from step 0.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, max=10**12, help="Steps to draw, from step 0.")] = 1000,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate that the factors multiply. Default: 1.", show_default=False)
     ] = None,

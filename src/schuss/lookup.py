@@ -15,7 +15,7 @@ def named(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever runs when it is imported
+    except (Exception, SystemExit) as error:  # whatever runs when it is imported
         raise ValueError(f"cannot import {module!r}: {type(error).__name__}: {first_line(error)}") from error
     try:
         return getattr(found, attribute)
@@ -24,6 +24,6 @@ def named(name: str) -> Any:
         raise ValueError(f"module {module!r} has no {attribute!r}: {nearest(attribute, public)}") from None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return str(error).partition("\n")[0]

@@ -56,7 +56,8 @@ class Candidate:
         Raises:
             TypeError: what was built is no optimizer, or one that needs a closure.
         """
-        made: object = self.build(model if self._takes_model else model.parameters(), lr=lr, **self.arguments)
+        # A list, for a function of somebody's may go through them twice.
+        made: object = self.build(model if self._takes_model else [*model.parameters()], lr=lr, **self.arguments)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(f"{self.name} must build a torch.optim.Optimizer, got {type(made).__name__}")
         several = next((one for one in _chain(made) if isinstance(one, SAM)), None) or _needs_closure(made)
@@ -93,17 +94,23 @@ def candidates(
     found: dict[str, Candidate] = {}
     for one in optimizers:
         made = _candidate(one, known, grid)
-        if found.setdefault(made.name, made).build is not made.build:
+        if found.setdefault(made.name, made) != made:
             raise ValueError(f"two optimizers are called {made.name!r}: give one of them another name, as a Candidate")
     return list(found.values())
 
 
 def _grid(lrs: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(lrs, Iterable):
+        raise ValueError(f"lrs must be several learning rates, got {lrs!r}")
     if not lrs:
         raise ValueError("at least one learning rate is needed")
     for lr in lrs:
-        if not (lr > 0 and math.isfinite(lr)):
-            raise ValueError(f"lr must be in (0, inf), got {lr:g}")
+        if not (isinstance(lr, (int, float)) and lr > 0 and math.isfinite(lr)):
+            raise ValueError(
+                f"lr must be in (0, inf), got {lr:g}"
+                if isinstance(lr, float)
+                else f"lr must be a number in (0, inf), got {lr!r}"
+            )
     return tuple(sorted(set(map(float, lrs))))
 
 

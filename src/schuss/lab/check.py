@@ -78,8 +78,6 @@ def _checked(workload: Workload, seed: int, seconds: float) -> Facts:
         raise ValueError(f"{name}: a gradient of the first batch is not finite")
     scores = _call(f"{name}: evaluate", lambda: task.scores(optimizer))
     for key in dict.fromkeys(("loss", task.metric)):
-        if key not in scores:
-            raise ValueError(f"{name}: evaluate must give {key!r}, got {', '.join(map(repr, scores)) or 'nothing'}")
         if not math.isfinite(scores[key]):
             raise ValueError(f"{name}: {key!r} of evaluate is {scores[key]} before training")
     _, second = _begun(workload, seed)
@@ -95,7 +93,7 @@ def _call(what: str, function: Callable[[], T]) -> T:
     """What anybody's function returns."""
     try:
         return function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("sklearn"):
             raise  # part of what the lab is installed with
         line = " ".join(str(error).split())
@@ -124,16 +122,18 @@ def _epoch(name: str, task: Task) -> Iterator[Any]:
         raise ValueError(f"{name}: batches gave none; each time one goes through them must be a whole epoch")
 
 
-def _loss(name: str, task: Task, batch: Any) -> Tensor:
+def _loss(name: str, task: Task, batch: Any, which: str = "the first batch") -> Tensor:
     loss: object = _call(f"{name}: loss", lambda: task.loss(task.model, batch))
     if not isinstance(loss, Tensor):
         raise ValueError(f"{name}: loss must return a tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"{name}: loss must be one number, got shape {tuple(loss.shape)}; take its mean")
+    if loss.is_complex():
+        raise ValueError(f"{name}: loss must be a real number, got {loss.dtype}; take its absolute value, say")
     if not loss.requires_grad:
         raise ValueError(f"{name}: the loss has no gradient; do not detach it, or compute it without gradients")
     if not math.isfinite(loss.item()):
-        raise ValueError(f"{name}: the loss of the first batch is {loss.item()}")
+        raise ValueError(f"{name}: the loss of {which} is {loss.item()}")
     return loss
 
 
@@ -147,7 +147,8 @@ def _timed(name: str, task: Task, optimizer: torch.optim.Optimizer, seconds: flo
         began = perf_counter()
         for batch in _epoch(name, task):
             optimizer.zero_grad()
-            task.loss(task.model, batch).backward()
+            loss = _loss(name, task, batch, "a later batch" if taken else "the first batch")
+            _call(f"{name}: the backward pass of its loss", loss.backward)
             ended = perf_counter()
             taken.append(ended - began)
             began = ended

@@ -106,8 +106,8 @@ def _learning_rates(text: str) -> list[float]:
         raise ValueError(f"--lrs must be numbers separated by commas, got {text!r}") from None
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str) -> int | list[int]:
     words = _split(text)
     if not words or not all(word.isdecimal() for word in words) or text.strip() == "0":
         raise ValueError(f"--seeds must be a count of at least 1 or integers separated by commas, got {text!r}")
-    return list(map(int, words)) if "," in text else list(range(int(text)))
+    return list(map(int, words)) if "," in text else int(text)

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 
@@ -25,6 +25,9 @@ __all__ = ["Comparison", "Result", "Run", "compare", "train"]
 Source = str | Workload | Callable[[int], Task]
 Optimizers = Sequence[str | Candidate | Callable[..., torch.optim.Optimizer]]
 Key = tuple[str, str, float, int]
+
+MOST_SEEDS = 10_000
+"""As a count."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,9 @@ class Comparison:
         self.threads = torch.get_num_threads() if threads is None else threads
         whole = ("confirm", confirm, 0), ("epochs", epochs, 1), ("extend", extend, 0), ("threads", self.threads, 1)
         for name, value, low in whole:
-            if value is not None and not (isinstance(value, int) and value >= low):
+            if not ((_is_whole(value) and value >= low) or (name == "epochs" and value is None)):
                 raise ValueError(f"compare: {name} must be an integer in [{low}, inf), got {value!r}")
-        if not 0 <= warmup < 1:
+        if not (isinstance(warmup, (int, float)) and 0 <= warmup < 1):
             raise ValueError(f"compare: warmup must be in [0, 1), got {warmup!r}")
         self.confirming = range(max(self.seeds) + 1, max(self.seeds) + 1 + confirm)
         self.interrupted, self.recalled = False, 0
@@ -128,8 +131,8 @@ class Comparison:
             ValueError: a workload or an optimizer cannot be sent to another process.
             OSError: the store cannot be used.
         """
-        if jobs < 1:
-            raise ValueError(f"compare: jobs must be in [1, inf), got {jobs}")
+        if not (_is_whole(jobs) and jobs >= 1):
+            raise ValueError(f"compare: jobs must be an integer in [1, inf), got {jobs!r}")
         self.interrupted = False
         with ExitStack() as stack:
             stack.enter_context(_threads(self.threads))
@@ -369,12 +372,16 @@ def compare(
 def extended(grid: Sequence[float], edge: str) -> tuple[float, ...]:
     """A rising grid with one more value at its smallest or largest end, as far beyond as its last two steps go.
 
-    By two steps and not by one, so that 1, 3, 10 goes on with 30, and not with 33.
+    By two steps and not by one, so that 1, 3, 10 goes on with 30, and not with 33. A grid that cannot go on, for
+    there is no such number, stays.
     """
     step = min(len(grid) - 1, 2)
-    if edge == "largest":
-        return (*grid, float(f"{grid[-step] * grid[-1] / grid[-1 - step]:.6g}"))
-    return (float(f"{grid[step - 1] * grid[0] / grid[step]:.6g}"), *grid)
+    last = (-1, -1 - step, -step) if edge == "largest" else (0, step, step - 1)
+    end, far, near = (grid[i] for i in last)
+    value = float(f"{near * (end / far):.6g}")
+    if not (0 < value < float("inf")) or value in grid:
+        return tuple(grid)
+    return (*grid, value) if edge == "largest" else (value, *grid)
 
 
 _KNOWN: set[tuple[str, str]] = set()
@@ -423,10 +430,16 @@ def _workloads(given: Source | Sequence[Source]) -> list[Workload]:
 
 
 def _seeds(given: int | Sequence[int]) -> list[int]:
-    seeds = list(range(given)) if isinstance(given, int) else list(dict.fromkeys(given))
-    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds):
-        raise ValueError(f"seeds must be a count of at least 1 or integers in [0, inf), got {given!r}")
+    if _is_whole(given) and 1 <= given <= MOST_SEEDS:
+        return list(range(given))
+    seeds = list(dict.fromkeys(given)) if isinstance(given, Sequence) else []
+    if not seeds or not all(_is_whole(seed) and 0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"seeds must be a count in [1, {MOST_SEEDS}] or integers in [0, 2**63), got {given!r}")
     return seeds
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @contextmanager

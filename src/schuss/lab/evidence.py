@@ -58,8 +58,8 @@ def against_the_best(scores: ArrayLike, *, grain: float = 0.0, best: ArrayLike |
     i, j = np.triu_indices(k, 1)
     differences = scores[..., i] - scores[..., j]
     mean = differences.mean(axis=-2)
-    error = np.sqrt((differences.var(axis=-2, ddof=1) + grain**2 / 6) / n)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        error = np.sqrt((differences.var(axis=-2, ddof=1) + np.float64(grain) ** 2 / 6) / n)
         t = np.where(mean == 0, 0.0, np.abs(mean) / error)
     adjusted = holm(2 * stdtr(n - 1, -t))
     result = np.ones((*scores.shape[:-2], k))

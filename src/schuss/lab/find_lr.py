@@ -466,10 +466,11 @@ def find_lr(
     )
 
 
-def ladder(low: float, high: float, steps: int) -> list[float]:
+def ladder(low: float, high: float, steps: int) -> Iterator[float]:
     """Rates from `low` to `high`, both among them, each the same multiple of the one before."""
     ratio = high / low
-    return [*(low * ratio ** (i / (steps - 1)) for i in range(steps - 1)), high]
+    yield from (low * ratio ** (i / (steps - 1)) for i in range(steps - 1))
+    yield high
 
 
 def _check_optimizer(optimizer: Optimizer, model: nn.Module) -> None:

@@ -82,7 +82,8 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Mean":
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        known = len(values) > 1 and all(map(math.isfinite, values))
+        error = statistics.stdev(values) / math.sqrt(len(values)) if known else math.nan
         return cls(statistics.fmean(values), error)
 
 
@@ -256,7 +257,7 @@ def _tested(standings: list[Standing]) -> list[Standing]:
     goal = finished[0].best.goal
     by_seed = [{run.seed: goal.score(run) for run in standing.best.runs} for standing in finished]
     seeds = [seed for seed in by_seed[0] if all(seed in scores for scores in by_seed)]
-    if len(seeds) < 2:
+    if len(seeds) < 2 or _is_one_run(finished):
         return standings
     every = [
         goal.score(run)
@@ -270,6 +271,15 @@ def _tested(standings: list[Standing]) -> list[Standing]:
     return [
         replace(standing, p=float(p[i])) if 0 < i < len(finished) else standing for i, standing in enumerate(standings)
     ]
+
+
+def _is_one_run(standings: Sequence[Standing]) -> bool:
+    """Whether seeds change nothing: all runs of every best trial are the same one, and there are several."""
+    several = [standing.best.runs for standing in standings if len(standing.best.runs) > 1]
+    return bool(several) and all(
+        len({(run.train_loss, *run.test.values()) for run in runs}) == 1 and len(runs[0].train_loss) > 1
+        for runs in several
+    )
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------
@@ -372,7 +382,9 @@ def remarks(standings: Sequence[Standing]) -> list[str]:
         lines.append(f"Not told apart from {first.optimizer} {test}: {listed(near)}.")
     elif tested:
         lines.append(f"{first.optimizer} is told apart from each of the others {test}.")
-    elif len([standing for standing in standings if standing.best.finished]) > 1:
+    elif _is_one_run(finished := [standing for standing in standings if standing.best.finished]):
+        lines.append("Seeds change nothing in this workload: there is one run of each, so no error and no test.")
+    elif len(finished) > 1:
         lines.append("From one seed it cannot be said that one optimizer is better than another: see --seeds.")
     if edges := [f"{s.optimizer} ({s.best.lr:g}, {s.edge})" for s in standings if s.edge and s.best.finished]:
         lines.append(f"Best lr at the edge of its grid, so a better one may lie beyond (see --lrs): {listed(edges)}.")

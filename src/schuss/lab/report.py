@@ -98,7 +98,8 @@ def _standing(standing: Standing) -> dict[str, Any]:
 
 
 def _trial(trial: Trial) -> dict[str, Any]:
-    finals = {name: trial.final(name) for name in trial.runs[0].test} if trial.finished else {}
+    names = [name for name in trial.runs[0].test if all(name in run.test for run in trial.runs)]
+    finals = {name: trial.final(name) for name in names} if trial.finished else {}
     return {
         "lr": trial.lr,
         "runs": len(trial.runs),
@@ -523,7 +524,7 @@ def _padded(values: Sequence[float], log: bool, higher: bool, rows: int) -> list
     span = (high - low) or (0.1 if log else 0.1 * abs(high) or 0.1)
     worse = span * (0.08 + 0.07 * rows)
     low, high = (low - worse, high + 0.08 * span) if higher else (low - 0.08 * span, high + worse)
-    return [math.exp(low), math.exp(high)] if log else [low, high]
+    return [math.exp(low), math.exp(min(high, 709.0))] if log else [low, high]
 
 
 def _profiles(comparison: "Comparison", numbers: Mapping[str, int]) -> Figure:

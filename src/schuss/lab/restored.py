@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -110,8 +111,12 @@ class Snapshot:
         return ()
 
     def _keep_tensor(self, tensor: Tensor) -> None:
+        if is_lazy(tensor):
+            raise ValueError("a lazy module has no weights yet; call the model on a batch first")
         if tensor.is_leaf and tensor.requires_grad:
             self._gradients.append((tensor, tensor.grad))
+        if tensor.is_leaf:
+            self._undo.callback(tensor.requires_grad_, tensor.requires_grad)
         place = tensor.detach()
         if not tensor.is_inference() and not _repeats(place):  # nobody writes into those
             value = place.clone(memory_format=torch.preserve_format)

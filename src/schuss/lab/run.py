@@ -117,7 +117,7 @@ def train(
         train_step_s: list[float] = []
         steps, seconds = [0], [0.0]
         for _ in range(epochs):
-            began = perf_counter()
+            began, expected = perf_counter(), len(step_s) + len(task.batches)
             for batch in task.batches:
                 loss = task.loss(task.model, batch)
                 train_loss.append(loss.item())
@@ -126,6 +126,11 @@ def train(
                 optimizer.zero_grad()
                 loss.backward()
                 now = factor(len(step_s))
+                if len(optimizer.param_groups) != len(rates):
+                    raise ValueError(
+                        f"the optimizer has {len(optimizer.param_groups)} parameter groups now and had {len(rates)}; "
+                        "give all of them when it is built"
+                    )
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * now
                 before = perf_counter()
@@ -136,7 +141,17 @@ def train(
                 began = after
             if train_loss and not math.isfinite(train_loss[-1]):
                 break
+            if len(step_s) != expected:
+                raise ValueError(
+                    f"batches gave {len(step_s) - expected + len(task.batches)} in epoch {len(tests)} and have length "
+                    f"{len(task.batches)}; each time one goes through them must be a whole epoch"
+                )
             tests.append(task.scores(optimizer))
+            if tests[-1].keys() != tests[0].keys():
+                raise ValueError(
+                    f"evaluate gave {_listed(tests[-1])} after epoch {len(tests) - 1} and {_listed(tests[0])} before "
+                    "training; give the same values each time"
+                )
             steps.append(len(step_s))
             seconds.append(math.fsum(train_step_s))
     return Run(
@@ -176,7 +191,7 @@ def rehearse(workload: Workload, candidate: Candidate, seed: int = 0) -> None:
                 optimizer.zero_grad()
                 task.loss(task.model, batch).backward()
                 optimizer.step()
-    except Exception as error:  # of anybody's optimizer
+    except (Exception, SystemExit) as error:  # of anybody's optimizer
         raise ValueError(f"{candidate.name} cannot train the {workload.name} workload: {said(error)}") from error
 
 
@@ -186,15 +201,22 @@ def attempt(
     """As `train`, but what it raises is recorded, so that the other runs go on."""
     try:
         return train(workload, candidate, lr, seed=seed, epochs=epochs, warmup=warmup)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        message = f"{type(error).__name__}: {said(error)} [{Path(where.filename).name}:{where.lineno}]"
+        message = f"{type(error).__name__}: {' '.join(str(error).split())} [{Path(where.filename).name}:{where.lineno}]"
         return Run.failed(workload.name, candidate.name, lr, seed, message)
 
 
 def said(error: BaseException) -> str:
-    """What an exception says, in a line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an exception says, in a line; with its kind, if that is not one that speaks for itself."""
+    line, kind = " ".join(str(error).split()), type(error).__name__
+    if not line:
+        return kind
+    return line if isinstance(error, (ValueError, TypeError, RuntimeError)) else f"{kind}: {line}"
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(map(repr, values)) or "nothing"
 
 
 @contextmanager

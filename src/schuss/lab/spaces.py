@@ -201,6 +201,10 @@ def space(
             raise ValueError(f"tune: {_name(cls)} has no {name!r} to tune: {nearest(name, known)}")
         if name in held:
             raise ValueError(f"tune: {name} is both fixed and tuned; leave out one of them")
+    if "lr" not in known and "lr" not in fixed:
+        raise ValueError(
+            f"tune: {_name(cls)} takes no lr; give it an argument of this name, which is the learning rate"
+        )
     if not wanted:
         raise ValueError(f"tune: nothing is left to tune of {_name(cls)}; name something, as in --tune lr")
     chosen = {}

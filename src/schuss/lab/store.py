@@ -3,8 +3,10 @@
 import hashlib
 import inspect
 import json
+import pickle
 import platform
 import sqlite3
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -79,7 +81,10 @@ class Store:
         """The run of these settings, if it is there."""
         with self._readable():
             row = self._connection.execute("SELECT run FROM runs WHERE key = ?", (key(settings),)).fetchone()
-        return None if row is None else read(row[0])
+        try:
+            return None if row is None else read(row[0])
+        except (KeyError, TypeError, ValueError, AttributeError):  # of another version, or damaged: it is made again
+            return None
 
     def put(self, settings: Mapping[str, Any], run: Run) -> None:
         """Keep a run."""
@@ -185,12 +190,21 @@ def fingerprint(facts: Facts) -> str:
 
 
 def source(thing: Callable[..., Any]) -> str:
-    """A digest of the file that a class or function was written in; of itself, where there is no file."""
+    """A digest of the file that a class or function was written in, or of itself, where there is no file.
+
+    And of what is bound to it: arguments of a partial, defaults and the enclosing variables of a function, attributes
+    of an object.
+    """
     bound = ""
     while isinstance(thing, partial):
         bound += repr((thing.args, thing.keywords))
         thing = thing.func
-    if not (inspect.isroutine(thing) or inspect.isclass(thing)):
+    if inspect.isfunction(thing := inspect.unwrap(thing)):
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell.cell_contents is not thing]
+        held = [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).items()]
+        bound += "".join(map(_digest, held))
+    elif not (inspect.isroutine(thing) or inspect.isclass(thing)):
+        bound += _digest(vars(thing)) if hasattr(thing, "__dict__") else ""
         thing = type(thing)
     try:
         file = Path(inspect.getsourcefile(thing) or "")
@@ -198,3 +212,13 @@ def source(thing: Callable[..., Any]) -> str:
     except (TypeError, OSError):  # written in C, or typed in
         written = b""
     return hashlib.sha256(written + bound.encode()).hexdigest()
+
+
+def _digest(value: Any) -> str:
+    """Of a value that a function holds. One that cannot be written down is like no other, not even itself later."""
+    if inspect.isfunction(value):
+        return source(value)
+    try:
+        return hashlib.sha256(pickle.dumps(value)).hexdigest()
+    except Exception:  # of anybody's object
+        return uuid.uuid4().hex

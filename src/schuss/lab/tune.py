@@ -8,26 +8,26 @@ import os
 import re
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import torch
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from optuna.trial import TrialState
 
 from schuss import bounds
 from schuss.lab.candidate import Candidate, candidates
+from schuss.lab.check import check
 from schuss.lab.recipes import RECIPES
 from schuss.lab.restored import restored
 from schuss.lab.run import rehearse, said, train
+from schuss.lab.sampler import Sampler
 from schuss.lab.spaces import GIVEN, Range, Space, space
+from schuss.lab.storage import beats, bury, masked, opened
 from schuss.lab.tuning import Confirmation, Trial, Tuning, finite, in_order, plain, quiet
 from schuss.lab.workload import Task, Workload
 
@@ -38,9 +38,6 @@ EXTENSION = 3
 """Trials for each extension of a range."""
 ALIVE = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 """States of trials that count; the others failed, or wait."""
-
-_PULSE: Mapping[str, Any] = {"heartbeat_interval": 20, "grace_period": 120}
-"""How often a process says that it lives, and after how long a silence it does not, in seconds."""
 
 Optimizer = str | Candidate | Callable[..., torch.optim.Optimizer]
 
@@ -155,19 +152,19 @@ class Search:
             candidate.build, trials=trials, arguments=candidate.arguments, settings=settings, ranges=ranges, names=names
         )
         with _still(), _untouched(workload) as safe:
-            task = safe(seed)
+            task = check(safe, seed=seed, seconds=0).task
             self.metric, self.better, self.batches = task.metric, task.better, len(task.batches)
             self.epochs = task.epochs if epochs is None else epochs
         self.rungs = _rungs(self.epochs, trials, rungs)
         self.candidate = candidate
-        self.storage = _masked(storage) if isinstance(storage, str) else type(storage).__name__ if storage else "memory"
+        self.storage = masked(storage) if isinstance(storage, str) else type(storage).__name__ if storage else "memory"
         self.name = study or f"{workload.name} {candidate.name} {self.epochs} epochs"
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._died: list[int] = []
         self._is_cut = False
         self.tell: Callable[[str], object] = lambda line: None
         """Is called with a line after each training."""
-        self._storage, self._owned = _opened(storage)
+        self._storage, self._owned = opened(storage)
         try:
             self._open(chosen, sampler, named=names is not None, counted=rungs is not None)
         except BaseException:
@@ -239,7 +236,7 @@ class Search:
                 for process in self._processes:
                     process.terminate()
                     process.join()
-                _bury(self.study, self._storage)
+                bury(self.study, self._storage)
 
     def _begin_processes(self, threads: int) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fork of a process whose torch has threads may hang
@@ -259,12 +256,12 @@ class Search:
         """Take trials, one after the other, until there are none."""
         while not self._limit.is_spent(self.study):
             multiprocessing.active_children()  # buries those that have ended, so that they no longer count as alive
-            _bury(self.study, self._storage)
+            bury(self.study, self._storage)
             found = self._found()
-            if self._waiting() or self._enqueue(found, final=False) or self._free() is not None:
+            if self._waiting() or self._enqueue(found, final=False) or self.free() is not None:
                 self.study.optimize(self._objective, n_trials=1, catch=(Surplus,))
             elif any(trial.running for trial in found):
-                if not _beats(self._storage):  # nobody would notice if they had died
+                if not beats(self._storage):  # nobody would notice if they had died
                     return
                 time.sleep(0.2)
             elif not (self._enqueue(found, final=True) or self._extend(found)):
@@ -279,7 +276,7 @@ class Search:
         trials = self.study.get_trials(deepcopy=False, states=(*ALIVE, TrialState.WAITING))
         return {trial.user_attrs["role"] for trial in trials if "role" in trial.user_attrs}
 
-    def _free(self, before: int | None = None) -> int | None:
+    def free(self, before: int | None = None) -> int | None:
         """The first place of the sampler's sequence that nobody has taken; None if there is none left.
 
         Args:
@@ -570,72 +567,6 @@ class Surplus(Exception):
     """Of a trial that nobody needs."""
 
 
-class Sampler(optuna.samplers.BaseSampler):
-    """Points by their place in a sequence, so that a study that goes on, goes on with the points it would have had.
-
-    Optuna's samplers draw from one generator, which begins again with every process.
-    """
-
-    def __init__(self, search: Search, method: str) -> None:
-        self._search, self._method = search, method
-        self.places: dict[int, int | None] = {}
-        """Of trials that have just been drawn, by their numbers."""
-
-    @property
-    def total(self) -> int:
-        """Places there are."""
-        return math.prod(self._levels) if self._method == "grid" else self._search.trials
-
-    @property
-    def _levels(self) -> list[int]:
-        """Of a grid: as many values of each as there are trials for, and no more of a later one than of an earlier."""
-        levels = [1] * len(self._search.space.ranges)
-        while True:
-            for i in sorted(range(len(levels)), key=lambda i: levels[i]):
-                more = [n + (i == j) for j, n in enumerate(levels)]
-                if math.prod(more) <= self._search.trials:
-                    levels = more
-                    break
-            else:
-                return levels
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {} if "fixed_params" in trial.system_attrs else self._search.distributions()
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if not search_space:
-            return {}
-        free = self.places[trial.number] = self._search._free(trial.number)
-        place = free or 0
-        if self._method == "tpe" and place >= min(10, max(3, self._search.trials // 3)):
-            tpe = optuna.samplers.TPESampler(seed=_mixed(self._search.seed, place), n_startup_trials=0)
-            if found := tpe.sample_relative(study, trial, search_space):
-                return found
-        ranges = self._search.ranges()
-        parts = self._grid(place) if self._method == "grid" else self._halton(place, len(ranges))
-        return {name: limits.at(part) for (name, limits), part in zip(ranges.items(), parts, strict=True)}
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """Of what somebody has left open who put a trial into the queue: the middle."""
-        return self._search.ranges()[param_name].at(0.5)
-
-    def _halton(self, place: int, count: int) -> list[float]:
-        from scipy.stats import qmc
-
-        return [float(x) for x in qmc.Halton(count, scramble=True, seed=self._search.seed).random(place + 1)[-1]]
-
-    def _grid(self, place: int) -> list[float]:
-        parts = []
-        for levels in self._levels:
-            place, i = divmod(place, levels)
-            parts.append(i / (levels - 1) if levels > 1 else 0.5)
-        return parts
-
-
 @dataclass(frozen=True)
 class Budget:
     """When to stop: at a moment, or after so many epochs."""
@@ -700,7 +631,8 @@ def _untouched(workload: Workload) -> Iterator[Workload]:
 
         def make(seed: int) -> Task:
             task = workload(seed)
-            stack.enter_context(restored(task.model, data=task.batches))
+            if isinstance(task, Task):  # else the check says what it is
+                stack.enter_context(restored(task.model, data=task.batches))
             return task
 
         yield replace(workload, make=make)
@@ -716,69 +648,6 @@ def _rungs(epochs: int, trials: int, count: int | None) -> tuple[int, ...]:
     elif count > most:
         raise ValueError(f"tune: {epochs} epochs are too few for {count} rungs, each a third of the next")
     return tuple(round(epochs / 3**k) for k in reversed(range(count)))
-
-
-def _opened(storage: str | BaseStorage | None) -> tuple[BaseStorage, bool]:
-    """The storage, and whether it is ours to close."""
-    if storage is None:
-        return optuna.storages.InMemoryStorage(), True
-    if not isinstance(storage, str):
-        return storage, False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            if not storage.startswith("sqlite"):
-                return RDBStorage(storage, **_PULSE), True
-            if (path := storage.partition(":///")[2]) in ("", ":memory:"):
-                return RDBStorage(storage), True
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            made = RDBStorage(storage, {"connect_args": {"timeout": 60}}, **_PULSE)
-    except Exception as error:  # of a driver that is missing, a server that does not answer, a URL that is none
-        raise ValueError(
-            f"tune: cannot open the storage {_masked(storage)!r}: {_masked(said(error))}; a file is sqlite:///tune.db"
-        ) from error
-    event.listen(made.engine, "connect", _set_up)
-    made.remove_session()
-    made.engine.dispose()  # what is connected without it
-    return made, True
-
-
-def _set_up(connection: Any, _: Any) -> None:
-    """With SQLite as it comes, each of a trial's some thirty writes waits for the disk."""
-    for pragma in ("journal_mode = WAL", "synchronous = NORMAL"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _masked(text: str) -> str:
-    """Without the password of a URL."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
-
-
-def _beats(storage: BaseStorage) -> bool:
-    """Whether it knows when each process was last heard of."""
-    return isinstance(storage, RDBStorage) and storage.get_heartbeat_interval() is not None
-
-
-def _bury(study: optuna.Study, storage: BaseStorage) -> None:
-    """Give up trials whose process is gone: at once on this machine, on others when they have been silent."""
-    if _beats(storage):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(study)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, process = trial.user_attrs.get("process", (None, 0))
-        if host == socket.gethostname() and os.name == "posix" and not _is_alive(process):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _edge(found: Iterable[Trial], best: Trial, name: str, limits: Range) -> Literal["lower", "upper"] | None:
@@ -821,13 +690,6 @@ def _call(candidate: Candidate) -> str:
 def _key(arguments: Mapping[str, Any], seed: int, epochs: int) -> str:
     text = json.dumps([{name: plain(value) for name, value in arguments.items()}, seed, epochs], sort_keys=True)
     return f"confirmed {hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def _mixed(seed: int, place: int) -> int:
-    """A seed of its own for each place."""
-    from numpy.random import SeedSequence
-
-    return int(SeedSequence((seed, place)).generate_state(1)[0])
 
 
 def _check(**numbers: tuple[Any, int]) -> None:

@@ -37,7 +37,7 @@ class Task:
         better: whether a "lower" or a "higher" metric is the better one.
 
     Raises:
-        TypeError: model, batches, loss or evaluate is something else.
+        TypeError: model, batches, loss, evaluate or metric is something else.
         ValueError: a number out of its bounds, no batch, or no parameter to train.
     """
 
@@ -62,9 +62,11 @@ class Task:
         for name in ("loss", "evaluate"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Task: {name} must be a function, got {type(getattr(self, name)).__name__}")
+        if not isinstance(self.metric, str):
+            raise TypeError(f"Task: metric must be the name of a value, got {type(self.metric).__name__}")
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
+            if not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
                 raise ValueError(f"Task: {name} must be an integer in [1, inf), got {value!r}")
         if not math.isfinite(self.target):
             raise ValueError(f"Task: target must be finite, got {self.target}")
@@ -86,9 +88,17 @@ class Task:
         return self.epochs * len(self.batches)
 
     def scores(self, optimizer: Optimizer) -> dict[str, float]:
-        """The values of `evaluate`, on the weights that `optimizer` would have evaluated; then all is as before."""
+        """The values of `evaluate`, on the weights that `optimizer` would have evaluated; then all is as before.
+
+        Raises:
+            ValueError: "loss" or the metric is not among them.
+        """
         with evaluating(self.model, optimizer):
-            return {name: float(value) for name, value in self.evaluate(self.model).items()}
+            values = {name: float(value) for name, value in self.evaluate(self.model).items()}
+        for name in ("loss", self.metric):
+            if name not in values:
+                raise ValueError(f"evaluate must give {name!r}, got {', '.join(map(repr, values)) or 'nothing'}")
+        return values
 
     def reached(self, value: float) -> bool:
         """Whether a value of the metric is as good as the target."""

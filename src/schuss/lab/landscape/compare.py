@@ -10,6 +10,7 @@ import numpy as np
 from schuss.bounds import nearest
 from schuss.lab import workloads
 from schuss.lab.candidate import candidates
+from schuss.lab.check import check
 from schuss.lab.landscape import network
 from schuss.lab.landscape.result import Landscape
 from schuss.lab.landscape.surface import SURFACES, Box, Function, Point, Surface, find
@@ -239,6 +240,7 @@ def _of_function(place: Surface, entrants: Sequence[Entrant], steps: int, seed: 
 
 
 def _of_network(workload: Workload, entrants: Sequence[Entrant], steps: int, seed: int, size: int) -> Landscape:
+    check(workload, seed=seed, seconds=0)
     probe = network.Probe(workload, seed)
 
     def follow(one: Entrant, lr: float) -> network.Path:
