@@ -77,6 +77,8 @@ def _checked(workload: Workload, seed: int, seconds: float) -> Facts:
     if not all(_values(gradient).isfinite().all() for gradient in gradients):
         raise ValueError(f"{name}: a gradient of the first batch is not finite")
     scores = _call(f"{name}: evaluate", lambda: task.scores(optimizer))
+    if (lacking := task.lacking(scores)) is not None:
+        raise ValueError(f"{name}: {lacking}")
     for key in dict.fromkeys(("loss", task.metric)):
         if not math.isfinite(scores[key]):
             raise ValueError(f"{name}: {key!r} of evaluate is {scores[key]} before training")
@@ -100,12 +102,22 @@ def _call(what: str, function: Callable[[], T]) -> T:
         raise ValueError(f"{what} raised {type(error).__name__}: {line}") from error
 
 
+def made(workload: Workload, seed: int) -> Task:
+    """The task of a seed.
+
+    Raises:
+        ValueError: the function raises, or gives no `Task`.
+    """
+    task: object = _call(f"{workload.name}: the function", lambda: workload(seed))
+    if not isinstance(task, Task):
+        kind = type(task).__name__
+        raise ValueError(f"{workload.name}: the function must return a schuss.lab.workload.Task, got {kind}")
+    return task
+
+
 def _begun(workload: Workload, seed: int) -> tuple[Task, Tensor]:
     """A task and its first loss."""
-    name = workload.name
-    task: object = _call(f"{name}: the function", lambda: workload(seed))
-    if not isinstance(task, Task):
-        raise ValueError(f"{name}: the function must return a schuss.lab.workload.Task, got {type(task).__name__}")
+    name, task = workload.name, made(workload, seed)
     batch = next(_epoch(name, task))
     torch.default_generator.manual_seed(seed)  # for dropout; what was drawn before has to be fixed without it
     return task, _loss(name, task, batch)

@@ -113,6 +113,8 @@ def train(
         rates = [bounds.number(group["lr"]) for group in optimizer.param_groups]
         train_loss: list[float] = []
         tests = [task.scores(optimizer)]
+        if (lacking := task.lacking(tests[0])) is not None:
+            raise ValueError(lacking)
         step_s: list[float] = []
         train_step_s: list[float] = []
         steps, seconds = [0], [0.0]

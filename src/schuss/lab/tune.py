@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 
 from schuss import bounds
 from schuss.lab.candidate import Candidate, candidates
-from schuss.lab.check import check
+from schuss.lab.check import made
 from schuss.lab.recipes import RECIPES
 from schuss.lab.restored import restored
 from schuss.lab.run import rehearse, said, train
@@ -152,7 +152,7 @@ class Search:
             candidate.build, trials=trials, arguments=candidate.arguments, settings=settings, ranges=ranges, names=names
         )
         with _still(), _untouched(workload) as safe:
-            task = check(safe, seed=seed, seconds=0).task
+            task = made(safe, seed)
             self.metric, self.better, self.batches = task.metric, task.better, len(task.batches)
             self.epochs = task.epochs if epochs is None else epochs
         self.rungs = _rungs(self.epochs, trials, rungs)

@@ -88,17 +88,16 @@ class Task:
         return self.epochs * len(self.batches)
 
     def scores(self, optimizer: Optimizer) -> dict[str, float]:
-        """The values of `evaluate`, on the weights that `optimizer` would have evaluated; then all is as before.
-
-        Raises:
-            ValueError: "loss" or the metric is not among them.
-        """
+        """The values of `evaluate`, on the weights that `optimizer` would have evaluated; then all is as before."""
         with evaluating(self.model, optimizer):
-            values = {name: float(value) for name, value in self.evaluate(self.model).items()}
+            return {name: float(value) for name, value in self.evaluate(self.model).items()}
+
+    def lacking(self, scores: Mapping[str, float]) -> str | None:
+        """What to say where "loss" or the metric is not among the values of `evaluate`; None if both are."""
         for name in ("loss", self.metric):
-            if name not in values:
-                raise ValueError(f"evaluate must give {name!r}, got {', '.join(map(repr, values)) or 'nothing'}")
-        return values
+            if name not in scores:
+                return f"evaluate must give {name!r}, got {', '.join(map(repr, scores)) or 'nothing'}"
+        return None
 
     def reached(self, value: float) -> bool:
         """Whether a value of the metric is as good as the target."""
