@@ -3,6 +3,7 @@
 import csv
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -83,12 +84,22 @@ def _is_near(standing: Standing) -> bool:
 
 def _scores(comparison: Comparison) -> str:
     places = _places(comparison)
-    head = ["optimizer", "score by steps", "targets reached", "fewest steps", "best final value", "or not told apart"]
+    head = [
+        "optimizer",
+        "score by steps",
+        "targets reached",
+        "fewest steps",
+        "mean place",
+        "best",
+        "worst",
+        "not told apart",
+    ]
     rows = []
     for _, name, score, _, reached, fewest in comparison.scores()[1]:
         own = places[name].values()
-        first, near = sum(s.rank == 1 for s in own), sum(map(_is_near, own))
-        rows.append([name, score, reached.partition(" ")[0], fewest, str(first), str(near)])
+        ranks, near = [s.rank for s in own], sum(map(_is_near, own))
+        mean = f"{statistics.fmean(ranks):.1f}"
+        rows.append([name, score, reached.partition(" ")[0], fewest, mean, str(min(ranks)), str(max(ranks)), str(near)])
     return _markdown(head, rows)
 
 

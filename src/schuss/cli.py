@@ -209,7 +209,7 @@ def find_learning_rate(
         torch.manual_seed(seed)
         task = chosen(seed)
         try:
-            made = entrant.for_model(task.model, 1.0)
+            made = entrant.built(task.model, 1.0)
             found = find_lr(
                 task.model, made, task.batches, lambda model, batch: task.loss(model, batch),
                 low=low, high=high, steps=steps, rule=rule,

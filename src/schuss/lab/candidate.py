@@ -50,16 +50,25 @@ class Candidate:
         """Build the optimizer for `parameters`."""
         return self.build(parameters, lr=lr, **self.arguments)
 
-    def for_model(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    def built(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """Build the optimizer for a model.
 
         Raises:
-            TypeError: what was built is no optimizer, or one that needs a closure.
+            TypeError: what was built is no optimizer.
         """
         # A list, for a function of somebody's may go through them twice.
         made: object = self.build(model if self._takes_model else [*model.parameters()], lr=lr, **self.arguments)
         if not isinstance(made, torch.optim.Optimizer):
             raise TypeError(f"{self.name} must build a torch.optim.Optimizer, got {type(made).__name__}")
+        return made
+
+    def for_model(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """Build the optimizer for a model that is trained a gradient a step.
+
+        Raises:
+            TypeError: what was built is no optimizer, or one that needs a closure.
+        """
+        made = self.built(model, lr)
         several = next((one for one in _chain(made) if isinstance(one, SAM)), None) or _needs_closure(made)
         if several is not None:
             raise TypeError(
