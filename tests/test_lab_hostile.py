@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from schuss.lab.evidence import against_the_best
 from schuss.lab.find_lr import find_lr
 from schuss.lab.ranking import Mean
 from schuss.lab.run import attempt
-from schuss.lab.store import Store
+from schuss.lab.store import Store, source
 from schuss.lab.workload import Task, Workload
 
 
@@ -75,7 +76,15 @@ class Built:
         return torch.optim.SGD(parameters, lr=lr, momentum=self.momentum)
 
 
-@pytest.mark.parametrize("make", [with_momentum, Built])
+def method(momentum: float) -> Callable[..., torch.optim.Optimizer]:
+    return Built(momentum).__call__
+
+
+def part(momentum: float) -> Callable[..., torch.optim.Optimizer]:
+    return partial(torch.optim.SGD, momentum=momentum)
+
+
+@pytest.mark.parametrize("make", [with_momentum, Built, method, part])
 def test_a_run_of_another_closure_or_object_is_not_taken_from_the_store(make: Any, tmp_path: Path) -> None:
     arguments: dict[str, Any] = SGD | {"store": tmp_path / "runs.sqlite"}
     losses = []
@@ -92,6 +101,17 @@ def test_what_cannot_be_written_down_is_made_again(tmp_path: Path) -> None:
     thing.held = [lambda: None]
     for _ in range(2):
         assert compare(small.plane, **(arguments | {"optimizers": [thing]})).recalled == 0
+
+
+def test_functions_that_hold_each_other() -> None:
+    def even(n: int) -> bool:
+        return n == 0 or odd(n - 1)
+
+    def odd(n: int) -> bool:
+        return n > 0 and even(n - 1)
+
+    assert source(even) != source(odd)
+    assert re.fullmatch("[0-9a-f]{64}", source(even))
 
 
 def test_workloads_that_differ_by_what_they_enclose_are_two(tmp_path: Path) -> None:

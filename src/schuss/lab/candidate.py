@@ -114,12 +114,10 @@ def _grid(lrs: Sequence[float]) -> tuple[float, ...]:
     if not lrs:
         raise ValueError("at least one learning rate is needed")
     for lr in lrs:
-        if not (isinstance(lr, (int, float)) and lr > 0 and math.isfinite(lr)):
-            raise ValueError(
-                f"lr must be in (0, inf), got {lr:g}"
-                if isinstance(lr, float)
-                else f"lr must be a number in (0, inf), got {lr!r}"
-            )
+        if not isinstance(lr, (int, float)):
+            raise ValueError(f"lr must be a number in (0, inf), got {lr!r}")
+        if not (lr > 0 and math.isfinite(lr)):
+            raise ValueError(f"lr must be in (0, inf), got {lr:g}")
     return tuple(sorted(set(map(float, lrs))))
 
 

@@ -8,12 +8,12 @@ import platform
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -195,17 +195,18 @@ def source(thing: Callable[..., Any]) -> str:
     And of what is bound to it: arguments of a partial, defaults and the enclosing variables of a function, attributes
     of an object.
     """
-    bound = ""
+    held: list[Any] = []
     while isinstance(thing, partial):
-        bound += repr((thing.args, thing.keywords))
+        held += [*thing.args, *thing.keywords.items()]
         thing = thing.func
+    if inspect.ismethod(thing):
+        held.append(thing.__self__)
     if inspect.isfunction(thing := inspect.unwrap(thing)):
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if cell.cell_contents is not thing]
-        held = [*cells, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).items()]
-        bound += "".join(map(_digest, held))
+        held += [*_enclosed(thing), *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).items()]
     elif not (inspect.isroutine(thing) or inspect.isclass(thing)):
-        bound += _digest(vars(thing)) if hasattr(thing, "__dict__") else ""
+        held += vars(thing).items() if hasattr(thing, "__dict__") else ()
         thing = type(thing)
+    bound = "".join(map(_digest, held))
     try:
         file = Path(inspect.getsourcefile(thing) or "")
         written = file.read_bytes() if file.is_file() else inspect.getsource(thing).encode()
@@ -214,11 +215,17 @@ def source(thing: Callable[..., Any]) -> str:
     return hashlib.sha256(written + bound.encode()).hexdigest()
 
 
+def _enclosed(function: FunctionType) -> Iterator[Any]:
+    """What stands in the variables of an enclosing function that it uses."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # nothing stands there yet
+            if cell.cell_contents is not function:
+                yield cell.cell_contents
+
+
 def _digest(value: Any) -> str:
     """Of a value that a function holds. One that cannot be written down is like no other, not even itself later."""
-    if inspect.isfunction(value):
-        return source(value)
     try:
-        return hashlib.sha256(pickle.dumps(value)).hexdigest()
-    except Exception:  # of anybody's object
+        return source(value) if inspect.isfunction(value) else hashlib.sha256(pickle.dumps(value)).hexdigest()
+    except Exception:  # of anybody's object, or of functions that hold each other
         return uuid.uuid4().hex
