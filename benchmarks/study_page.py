@@ -55,7 +55,7 @@ def _facts(made: Mapping[str, Comparison]) -> str:
     known = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
         f"{len(runs):,} runs, {lost} of which diverged; {hours:.1f} hours of training on one core, two of which worked "
-        f"side by side. {known[0].upper()}{known[1:]}."
+        f"side by side. With {known}."
     )
 
 
@@ -182,7 +182,7 @@ def _picture(comparison: Comparison) -> go.Figure:
         )
     )  # fmt: skip
     figure.update_layout(
-        template="none", width=860, height=90 + 20 * len(order), margin={"l": 140, "r": 12, "t": 80, "b": 8},
+        template="none", width=900, height=90 + 20 * len(order), margin={"l": 140, "r": 52, "t": 80, "b": 8},
         font={"family": "sans-serif", "size": 12, "color": "#1e2430"}, paper_bgcolor="#ffffff",
         xaxis={"side": "top", "tickangle": -30},
     )  # fmt: skip
