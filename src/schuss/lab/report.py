@@ -503,9 +503,10 @@ def _rates(
         yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},
     )
     crosses = "; a cross: it diverged or failed" if rows else ""
+    of = ", of the seeds that it was chosen from" if any(standing.confirmed for standing in standings) else ""
     return {
         "caption": f"Final test {name}{unit} against the learning rate", "wide": False,
-        "note": f"Mean and standard error; a large dot: the best{crosses}",
+        "note": f"Mean and standard error{of}; a large dot: the best{crosses}",
         "data": data, "layout": layout, "range": _padded(values, log, higher, max(rows.values(), default=-1) + 1),
         "log": {"x": True, "y": log}, "choices": ["y"] if log or unit else [],
     }  # fmt: skip
