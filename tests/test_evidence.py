@@ -131,3 +131,9 @@ def test_the_score_is_the_integral_of_the_profile() -> None:
 def test_a_target_that_is_reached_before_the_first_step() -> None:
     profile = Profile(("a",), {"X": (0,), "Y": (3,)})
     assert profile.ratios == {"X": (1,), "Y": (math.inf,)}
+
+
+def test_a_run_that_went_astray_does_not_make_the_others_coarse() -> None:
+    losses = [0.101, 0.1035, 0.1049, 0.1091]
+    assert grain([*losses, 58950.0]) == pytest.approx(grain(losses)) == pytest.approx(0.0014)
+    assert grain([0.1 + 0.2, 0.3, 0.4]) == pytest.approx(0.1)

@@ -636,7 +636,8 @@ def test_the_best_and_the_default_are_trained_from_seeds_that_were_not_tuned_on(
     assert confirmed.default_mean.error == pytest.approx(stats.sem(default))
     text = f"{np.mean(tried):.5g} ± {stats.sem(tried):.2g}; with the default, lr 0.001: {np.mean(default):.5g} ± "
     assert text in str(tuned)
-    assert "; better (p = " in str(tuned)
+    assert "; better (p < 0.001)." in str(tuned)
+    assert confirmed.grain < 0.01  # though some settings ended far off
 
 
 def test_the_verdict_is_the_paired_t_test() -> None:
@@ -645,6 +646,21 @@ def test_the_verdict_is_the_paired_t_test() -> None:
     assert confirmed.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=1e-6)
     for changed in ({"tuned": (*a[:3], math.nan)}, {"tuned": a[:1], "default": b[:1]}, {"default": ()}):
         assert math.isnan(replace(confirmed, **changed).p)
+
+
+def test_equal_differences_of_a_coarse_metric_are_no_certainty() -> None:
+    """Two of 72 images each time: t = 2 / sqrt(1 / 6 / 3), of the rounding alone."""
+    tuned, default = (70 / 72, 71 / 72, 72 / 72), (68 / 72, 69 / 72, 70 / 72)
+    confirmed = Confirmation((1, 2, 3), tuned, default, {"lr": 1.0}, grain=1 / 72)
+    assert confirmed.p == pytest.approx(2 * stats.t.sf(2 * math.sqrt(18), 2), rel=1e-6)
+
+    def counted(seed: int) -> Task:
+        task = bowl(seed)
+        return replace(task, evaluate=lambda model: {"loss": (8 * float(task.evaluate(model)["loss"]) // 1) / 8})
+
+    found = tune(Workload("counted", "", counted), "torch:SGD", trials=6, seeds=3)
+    assert found.confirmed is not None
+    assert found.confirmed.grain >= 1 / 8
 
 
 def test_time_scale_of_the_weight_decay() -> None:

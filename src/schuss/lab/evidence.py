@@ -86,8 +86,9 @@ def grain(values: Sequence[float]) -> float:
     if len(ordered) == 0:
         return 0.0
     steps = np.diff(ordered)
-    # Sums in another order leave equal shares apart in their last bits.
-    steps = steps[steps > 1e-6 * np.abs(ordered).max()]
+    # Sums in another order leave equal shares apart in their last bits: of these values, whatever else there is, for
+    # one run that went astray must not make all others look coarse.
+    steps = steps[steps > 1e-6 * np.maximum(np.abs(ordered[1:]), np.abs(ordered[:-1]))]
     return float(steps.min()) if len(steps) else 0.0
 
 

@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from schuss import bounds
 from schuss.lab.candidate import Candidate, candidates
 from schuss.lab.check import made
+from schuss.lab.evidence import grain
 from schuss.lab.recipes import RECIPES
 from schuss.lab.restored import restored
 from schuss.lab.run import rehearse, said, train
@@ -491,7 +492,12 @@ class Search:
             return tuple(math.nan if value is None else value for value in found)
 
         tuned, *default = map(values, rivals)
-        return Confirmation(tuple(seeds), tuned, default[0] if default else (), rivals[1] if default else {})
+        known = [value for trial in self._found() for value in trial.values.values()]
+        known += [value for column in (tuned, *default) for value in column]
+        return Confirmation(
+            tuple(seeds), tuned, default[0] if default else (), rivals[1] if default else {},
+            grain([value for value in known if math.isfinite(value)]),
+        )  # fmt: skip
 
     def result(self) -> Tuning:
         """What has been found until now."""

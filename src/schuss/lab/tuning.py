@@ -67,12 +67,14 @@ class Confirmation:
         tuned: values of the metric with the best setting; nan where there is none.
         default: values with the optimizer's default, empty if it has none.
         default_arguments: what that is.
+        grain: the step between possible values of the metric, of an accuracy 1 / images; see `against_the_best`.
     """
 
     seeds: tuple[int, ...]
     tuned: tuple[float, ...]
     default: tuple[float, ...]
     default_arguments: Mapping[str, Any]
+    grain: float = 0.0
 
     @property
     def mean(self) -> Mean:
@@ -90,7 +92,7 @@ class Confirmation:
         if len(self.tuned) < 2 or len(self.default) < 2 or not all(map(math.isfinite, (*self.tuned, *self.default))):
             return math.nan
         scores = list(zip(self.tuned, self.default, strict=True))
-        return float(against_the_best(scores).min())
+        return float(against_the_best(scores, grain=self.grain).min())
 
 
 @dataclass(frozen=True)
@@ -211,10 +213,11 @@ class Tuning:
         text += f"; with the default, lr {changed['lr']:g}: {_shown(confirmed.default)}"
         if math.isnan(confirmed.p):
             return f"{text}."
+        p = f"p = {confirmed.p:.2g}" if confirmed.p >= 0.001 else "p < 0.001"
         if confirmed.p > LEVEL:
-            return f"{text}; not told apart (p = {confirmed.p:.2g})."
+            return f"{text}; not told apart ({p})."
         is_better = (confirmed.mean.value < Mean.of(confirmed.default).value) == (self.better == "lower")
-        return f"{text}; {'better' if is_better else 'worse'} (p = {confirmed.p:.2g})."
+        return f"{text}; {'better' if is_better else 'worse'} ({p})."
 
     def _decay(self, tau: float) -> str:
         epochs = tau / self.batches
