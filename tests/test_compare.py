@@ -300,7 +300,11 @@ def test_a_function_of_the_model_gets_the_model() -> None:
         (["small_workloads:Sean"], None, "module 'small_workloads' has no 'Sean': did you mean 'Seen'?"),
         (["no_such_module:SGD"], None, "cannot import 'no_such_module': ModuleNotFoundError: "),
         (["small_workloads:X"], None, "small_workloads:X must be an optimizer's class or a function, got Tensor"),
-        (["small_workloads:unchanged"], None, "small_workloads:unchanged has no default learning rate: give some, as "),
+        (
+            ["small_workloads:unchanged"],
+            None,
+            "small_workloads:unchanged has no default learning rate: give its lr one, or ",
+        ),
         ([small.Seen, Candidate("Seen", small.Tired, (0.1,))], None, "two optimizers are called 'Seen': "),
     ],
 )

@@ -164,7 +164,9 @@ def _default(name: str, build: Callable[..., Any]) -> float:
         if not (default > 0 and math.isfinite(default)):
             raise ValueError
     except (TypeError, ValueError):  # none, or none that is a number
-        raise ValueError(f"{name} has no default learning rate: give some, as in --lrs 0.001,0.003,0.01") from None
+        raise ValueError(
+            f"{name} has no default learning rate: give its lr one, or some for all, as in --lrs 0.001,0.003,0.01"
+        ) from None
     return default
 
 
