@@ -225,7 +225,7 @@ def test_recipes_are_optimizers_of_a_whole_model() -> None:
     p, q = (nn.Parameter(torch.tensor([1.0, 1.0])) for _ in range(2))
     for name, parameter in (("Cautious+AdamW", p), ("AdamW", q)):
         [one] = candidates([name])
-        optimizer = one.optimizer([parameter], 0.1)
+        optimizer = one.built(nn.ParameterList([parameter]), 0.1)
         for gradient in ([1.0, 1.0], [-0.1, 1.0]):  # the first turns, its momentum does not
             parameter.grad, before = torch.tensor(gradient), parameter.detach().clone()
             optimizer.step()
@@ -260,7 +260,7 @@ def test_a_class_without_a_grid_of_its_own_is_tried_around_its_default() -> None
 
 def test_sgd_has_nesterov_momentum() -> None:
     [candidate] = candidates(["torch:SGD"])
-    [group] = candidate.optimizer([torch.nn.Parameter(torch.zeros(1))], 0.1).param_groups
+    [group] = candidate.built(nn.ParameterList([torch.zeros(1)]), 0.1).param_groups
     assert (group["lr"], group["momentum"], group["nesterov"]) == (0.1, 0.9, True)
 
 
@@ -388,7 +388,7 @@ def test_ranked_on_seeds_from_which_no_rate_was_chosen() -> None:
     # Differences of 0.05 each, but for the rounding of scores in steps of 0.01: t = 0.05 / sqrt(0.01² / 6 / 3).
     t = 0.05 / math.sqrt(0.01**2 / 18)
     assert after[1].p == pytest.approx(2 * stats.t.sf(t, 2))
-    assert remarks(after)[0] == "Learning rates were chosen from other seeds than those that are shown, 2, 3, 4."
+    assert remarks(after)[0] == "What is shown is of seeds 2, 3, 4; learning rates were chosen from others."
     assert [trial.runs[0].seed for trial in after[0].every] == [0, 0, 2]
 
 
@@ -487,7 +487,7 @@ def test_table_and_remarks() -> None:
     assert [len(row) for row in table(standings)] == [len(header(ACCURACY))] * 3
     assert remarks(standings) == [
         "Best lr at the edge of its grid, so a better one may lie beyond (see --lrs): A (0.1, smallest).",
-        "Larger budgets, learning rates where others got 1: A (2).",
+        "Larger budgets: tried at more learning rates than the 1 of others: A (2).",
         "Diverged: B at lr 0.003 (1 of 2 runs).",
         "C failed: TypeError: no",
         "No run has reached the target, accuracy ≥ 95 %: take more --epochs, or another target.",

@@ -164,7 +164,8 @@ def _advice(name: str) -> dict[str, str]:
             word = {"Trap": "Traps"}.get(word, word)
             if word in ADVICE:
                 text = re.sub(r"\[([^\]]+)\]\(#[^)]+\)", r"\1", text)
-                found[word] = re.sub(r"\[([^\]]+)\]\(([\w-]+\.md)[^)]*\)", r"\1 (docs/\2)", text)
+                text = re.sub(r"\[([^\]]+)\]\(([\w-]+\.md)[^)]*\)", r"\1 (docs/\2)", text)
+                found[word] = re.sub(":$", ".", text)  # the example that follows is left out
     return {word: found[word] for word in ADVICE if word in found}
 
 

@@ -46,10 +46,6 @@ class Candidate:
     lrs: tuple[float, ...]
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
-    def optimizer(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        """Build the optimizer for `parameters`."""
-        return self.build(parameters, lr=lr, **self.arguments)
-
     def built(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """Build the optimizer for a model.
 

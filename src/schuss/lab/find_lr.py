@@ -206,6 +206,7 @@ class RangeTest:
         return web.filled(
             "schuss.lab",
             "find_lr.html",
+            made_by="find-lr",
             title=escape(title),
             ending=escape(self._ending()),
             curve=figure.to_html(full_html=False, include_plotlyjs=True, config=dict(web.CONFIG), div_id="curve"),

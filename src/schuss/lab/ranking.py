@@ -375,7 +375,7 @@ def remarks(standings: Sequence[Standing]) -> list[str]:
     lines = []
     if first.confirmed:
         seeds = listed([str(run.seed) for run in first.best.runs])
-        lines.append(f"Learning rates were chosen from other seeds than those that are shown, {seeds}.")
+        lines.append(f"What is shown is of seeds {seeds}; learning rates were chosen from others.")
     tested = [standing for standing in standings if standing.p is not None]
     test = f"by a paired t test over seeds, corrected for all pairs, at {100 * LEVEL:g} %"
     if near := [standing.optimizer for standing in tested if standing.tied]:
@@ -390,7 +390,7 @@ def remarks(standings: Sequence[Standing]) -> list[str]:
         lines.append(f"Best lr at the edge of its grid, so a better one may lie beyond (see --lrs): {listed(edges)}.")
     fewest = min(len(standing.trials) for standing in standings)
     if more := [f"{s.optimizer} ({len(s.trials)})" for s in standings if len(s.trials) > fewest]:
-        lines.append(f"Larger budgets, learning rates where others got {fewest}: {listed(more)}.")
+        lines.append(f"Larger budgets: tried at more learning rates than the {fewest} of others: {listed(more)}.")
     for word in ("Diverged", "Failed"):
         trials = [trial for s in standings if s.failed is None for trial in s.every if trial.count(word.lower())]
         if trials:

@@ -233,6 +233,7 @@ def to_html(
     return filled(
         "schuss.lab",
         "report.html",
+        made_by="compare",
         title=f"Optimizers on {escape(only.workload) if only else f'{len(goals)} workloads'}",
         description=escape(only.description) if only else "",
         facts=f'<p class="facts">{_facts(only)}; {made}</p>' if only else f'<p class="facts">{made}</p>',
@@ -497,7 +498,8 @@ def _rates(
         )  # fmt: skip
     log = bool(values) and min(values) > 0 and not unit
     lrs = sorted({trial.lr for standing in standings for trial in standing.trials})
-    few = {"tickvals": lrs, "ticktext": [f"{lr:g}" for lr in lrs]} if len(lrs) <= 6 else {}
+    apart = [lr for i, lr in enumerate(lrs) if i == 0 or lr > 1.5 * lrs[i - 1]]  # 0.009 and 0.01 would overprint
+    few = {"tickvals": apart, "ticktext": [f"{lr:g}" for lr in apart]} if len(apart) <= 6 else {}
     layout = _layout(
         xaxis={"title": {"text": "learning rate"}, **few},
         yaxis2={"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True},

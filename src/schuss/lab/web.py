@@ -23,10 +23,18 @@ LAYOUT: Mapping[str, Any] = {
 """Of a figure; the page's script adds the colours of its theme."""
 
 
-def filled(package: str, page: str, **words: object) -> str:
-    """A page of a package, with what the pages share, and `words`, which are HTML, in their places."""
-    shared = {name: _text("schuss.lab", f"web.{suffix}") for name, suffix in (("style", "css"), ("script", "js"))}
-    return Template(_text(package, page)).substitute(shared, **words)
+def filled(package: str, page: str, *, made_by: str, title: str, **words: object) -> str:
+    """A page of a package, with what the pages share, and `words`, which are HTML, in their places.
+
+    Args:
+        package, page: where its text is.
+        made_by: the subcommand, by which a page is known again.
+        title: HTML too.
+        words: the others.
+    """
+    style, script = (_text("schuss.lab", f"web.{suffix}") for suffix in ("css", "js"))
+    head = Template(_text("schuss.lab", "web.html")).substitute(title=title, command=made_by, style=style)
+    return Template(_text(package, page)).substitute(words, head=head, title=title, script=script)
 
 
 def colour(i: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import DataLoader
 
-from schuss.training.stateful import RANDOM, Loader, generators_here, has_state, restore, state_of
+from schuss.training.stateful import RANDOM, Loader, generators_here, has_state, remembered, restore, state_of
 
 __all__ = ["Epochs", "kept_random"]
 
@@ -97,10 +97,9 @@ class Epochs(Generic[Batch]):
 @contextmanager
 def kept_random() -> Iterator[None]:
     """A block after which the random numbers of Python, NumPy, torch and CUDA go on as if it had not been."""
-    before = {name: state_of(generator) for name, generator in generators_here().items()}
+    before = [remembered(generator) for generator in generators_here().values()]
     try:
         yield
     finally:
-        for name, generator in generators_here().items():
-            if name in before:
-                restore(generator, before[name], strict=True)
+        for put_back in before:
+            put_back()

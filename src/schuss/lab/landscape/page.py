@@ -156,6 +156,7 @@ def to_html(seen: "Landscape", *, command: str = "") -> str:
     return filled(
         "schuss.lab.landscape",
         "page.html",
+        made_by="landscape",
         title=escape(_title(seen)),
         formula=escape(seen.formula) + (f" <span>{escape(seen.source)}</span>" if seen.source else ""),
         ground=drawn(ground, "ground", with_plotly=True),
